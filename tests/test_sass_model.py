@@ -325,3 +325,32 @@ def test_loads_outside_of_a_warps_path_bound_the_time():
     predicted = kernel_time.predict(kernel, work(132, reads=1e9), H200)
     assert predicted.seconds == pytest.approx(1e9 / H200.copy_bandwidth)
     assert predicted.bound == "dram 100%"
+
+
+def test_persistent_blocks_take_every_so_many_th_head(monkeypatch):
+    """A fake prediction: a work tile takes as many cycles as its sequence is long; two SMs, one head."""
+    monkeypatch.setattr(
+        mixed_lengths,
+        "predict",
+        lambda _kernel, of_length, _gpu: kernel_time.Prediction(0.0, 3.0 * of_length.blocks, 1, 0.0, {}),
+    )
+    kernel, gpu = kernel_time.Kernel("", 12, 168, 0), replace(H200, sms=2)
+
+    def predicted(*lengths: int) -> kernel_time.Prediction:
+        batch = mixed_lengths.Batch(lengths, 1, rows=128, step=128)
+        return mixed_lengths.predict_strided(kernel, lambda length: work(length, tiles=3), batch, work(1), gpu)
+
+    assert predicted(512, 128, 512, 128).seconds * gpu.clock == pytest.approx(1024)  # one of the SMs has both long ones
+    assert predicted(512, 512, 128, 128).seconds * gpu.clock == pytest.approx(640)
+    assert predicted(512, 128, 512, 128).bound.endswith("balance of SMs 62%)")
+
+
+def test_code_outside_of_loops_with_matmuls_can_take_another_path():
+    """A loop and an iteration after it, both of which can be masked."""
+    mask = ["ISETP.GE.AND P2, PT, R1, R2, PT"] * 16
+    loop = ["HGMMA.64x8x16.F32 R24, R4", "@P0 BRA 0x120", *mask, "@P1 BRA 0x0"]
+    lines = [*loop, "HGMMA.64x8x16.F32 R24, R4", "@P0 BRA 0x250", *mask, "EXIT"]
+    plain = Choice({"matmul": 3}, avoid=frozenset({"mask"}))
+    masked = replace(plain, outside=Choice({"matmul": 3}, take=frozenset({"mask"})))
+    assert [names(lines, choice).count("ISETP.GE.AND") for choice in (plain, masked)] == [0, 16]
+    assert names(lines, masked).count("HGMMA.64x8x16.F32") == 4

@@ -31,11 +31,13 @@ class Choice:
         take: Features whose arm of a branch is taken if only one arm has them: "matmul", "dropout" (Philox), "memory"
             (any access to global memory), "load" and "store", "mask" (many comparisons), "tanh".
         avoid: Features whose arm is not taken if only one arm has them, or only one cannot avoid them.
+        outside: The choice outside of loops with matmuls, such as a last iteration after one, if it differs.
     """
 
     trips: Mapping[str, int] = field(default_factory=dict)
     take: frozenset[str] = frozenset()
     avoid: frozenset[str] = frozenset()
+    outside: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,8 @@ class ControlFlow:
                 trips, count = choice.trips.get(loop.kind, 1), iterations[loop.header]
                 return stay if (count < trips if self._ends_iteration(stay, loop) else count <= trips) else leave
         if current not in arms:
-            arms[current] = self._better_arm(current, choice)
+            inside = any(loop.kind == "matmul" and current in loop.body for loop in self.loops)
+            arms[current] = self._better_arm(current, choice if inside else choice.outside or choice)
         return arms[current]
 
     def _ends_iteration(self, block: int, loop: Loop) -> bool:

@@ -6,10 +6,23 @@ loads, and a warp of either consumer. `csrc/cuda/` says how work is divided; the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
-from bench.sass_model.cases import HALF, HEAD_DIMENSION, HEADS, SINGLE, STATISTIC, TOKENS, UNIT, ceil_div, matmul_flop
+from bench.sass_model.cases import (
+    HALF,
+    HEAD_DIMENSION,
+    HEADS,
+    MIXED,
+    SINGLE,
+    STATISTIC,
+    TOKENS,
+    UNIT,
+    ceil_div,
+    matmul_flop,
+)
 from bench.sass_model.constants import H200
 from bench.sass_model.control_flow import Choice
 from bench.sass_model.kernel_time import Work
@@ -35,6 +48,8 @@ class CudaCase:
         shared_memory: Bytes of dynamic shared memory of a block.
         work: What a launch does.
         pass_flop: Floating-point operations of the pass of which it is a part, if other kernels have the rest.
+        lengths: Lengths of the sequences in their order, if they differ; `work` is then that of all of them.
+        work_of: Returns, for one of these lengths, the work of a batch in which all sequences have it.
     """
 
     kernel: str
@@ -43,6 +58,8 @@ class CudaCase:
     shared_memory: int
     work: Work
     pass_flop: float | None = None
+    lengths: tuple[int, ...] = ()
+    work_of: Callable[[int], Work] | None = None
 
 
 def cuda_cases() -> Iterator[CudaCase]:
@@ -51,6 +68,8 @@ def cuda_cases() -> Iterator[CudaCase]:
         for length in (128, 512, 2048):
             yield _forward(length, dropout)
             yield from _backward(length, dropout)
+        yield _forward(300, dropout)
+        yield _forward_mixed(dropout)
     for dropout in (False, True):
         yield from _add_layer_norm(768, dropout)
     yield from _bias_gelu(3072)
@@ -67,34 +86,54 @@ def _persistent(tiles: int) -> tuple[int, int]:
     return blocks, ceil_div(tiles, blocks)
 
 
-def _consumers(trips: dict[str, int], dropout: bool) -> tuple[Choice, ...]:
-    """Return the paths of both consumers; the first one also loads the statistics of queries."""
+def _consumers(trips: dict[str, int], dropout: bool, masked: bool = False) -> tuple[Choice, ...]:
+    """Return the paths of both consumers; the first one also loads the statistics of queries.
+
+    If `masked`, the last tile of keys is, which is computed after the loop.
+    """
     features = frozenset({"dropout"})
     take, avoid = frozenset({"matmul", "store"}), frozenset({"mask"})
     take, avoid = (take | features, avoid) if dropout else (take, avoid | features)
     every = trips | _NOWHERE
-    return Choice(every, take | {"load"}, avoid), Choice(every, take, avoid)
+    outside = Choice(every, take | {"mask"}, avoid - {"mask"}) if masked else None
+    return Choice(every, take | {"load"}, avoid, outside), Choice(every, take, avoid, outside)
 
 
 def _forward(length: int, dropout: bool) -> CudaCase:
-    whole = length <= _WHOLE
-    rounds = ceil_div(length, BLOCK) if whole else 1
-    blocks, tiles = _persistent(TOKENS // length * HEADS * (1 if whole else ceil_div(length, BLOCK)))
+    return _attention("attention_forward_kernel<BFloat16, 64>", length, dropout, _forward_work(length, dropout))
+
+
+def _forward_work(length: int, dropout: bool) -> Work:
+    whole, across = length <= _WHOLE, ceil_div(length, BLOCK)
+    count = TOKENS // length * HEADS * (1 if whole else across)
+    blocks, tiles = _persistent(count)
     # The last tile of keys is computed after the loop.
-    trips = {"matmul": ceil_div(length, BLOCK) - 1, "outer matmul": rounds, "outer outer matmul": tiles}
-    loads = TOKENS // length * HEADS * (1 if whole else ceil_div(length, BLOCK)) * 2 * ceil_div(length, BLOCK) * _TILE
-    work = Work(
+    trips = {"matmul": across - 1, "outer matmul": across if whole else 1, "outer outer matmul": tiles}
+    return Work(
         blocks,
         Choice(),
         2 * matmul_flop(length, None),
         3 * UNIT,
         UNIT + STATISTIC,
-        UNIT + loads,
-        _consumers(trips, dropout),
+        UNIT + count * 2 * across * _TILE,
+        _consumers(trips, dropout, masked=length % BLOCK > 0),
+        tiles=tiles,
         waits=1,
         awaited=3 * _TILE,
     )
-    return _attention("attention_forward_kernel<BFloat16, 64>", length, dropout, work)
+
+
+def _forward_mixed(dropout: bool) -> CudaCase:
+    """Return the case of the sequences of MIXED in a random order, each of which is one work tile per head."""
+    lengths = random.Random(0).sample(MIXED, len(MIXED))
+    share = sum(lengths) / TOKENS
+    uniform = _forward_work(max(lengths), dropout)
+    flop = 4.0 * HEADS * HEAD_DIMENSION * sum(length * length for length in lengths)
+    total = replace(uniform, flop=flop, reads=uniform.reads * share, writes=uniform.writes * share)
+    case = f"lengths 4 to {max(MIXED)}" + (", dropout" if dropout else "")
+    kernel = "attention_forward_kernel<BFloat16, 64>"
+    work_of = partial(_forward_work, dropout=dropout)
+    return CudaCase(kernel, case, ATTENTION_WARPS, 224 << 10, total, lengths=tuple(lengths), work_of=work_of)
 
 
 def _backward(length: int, dropout: bool) -> Iterator[CudaCase]:

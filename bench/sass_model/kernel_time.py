@@ -51,6 +51,7 @@ class Work:
         loads: Bytes that all blocks load from L2, those of DRAM included.
         roles: Paths of the warps of a block that are on one sub-partition, if they differ, as in a kernel with producer
             and consumer warps. Those that do next to nothing, such as the producer of TMA loads, are left out.
+        tiles: Work tiles of a persistent block.
         waits: How often a block waits for loads by TMA that nothing hides. Loads that a ring buffer fetches ahead are
             no such wait.
         awaited: Bytes of each.
@@ -63,6 +64,7 @@ class Work:
     writes: float
     loads: float
     roles: tuple[Choice, ...] = ()
+    tiles: int = 1
     waits: int = 0
     awaited: float = 0.0
 

@@ -42,7 +42,7 @@ TARGETS = (
 
 _ABOUT = (
     "What the model does not cover: embedding backward, linear_cross_entropy, whose time is that of its GEMMs, and a "
-    "step. Sequences of mixed lengths are in the table above for Triton only."
+    "step. Sequences of mixed lengths, in the table above, have no target of their own: compare with one length."
 )
 
 
