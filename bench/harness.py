@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from bertfast.cli.doctor import driver_version, output_of, package_version
+from bertfast.cli.doctor import driver_version, package_version
+from bertfast.runtime.machine import output_of, processor
 
 if TYPE_CHECKING:
     from transformers import BertConfig
@@ -326,18 +327,6 @@ def _gpu() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": driver_version(),
     }
-
-
-def processor() -> str:
-    """Return the name of the processor, its family and the instruction sets that matter here."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    values = {name.strip(): value.strip() for name, value in fields.items()}
-    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in values.get("flags", "").split()]
-    return f"{values.get('model name', platform.machine())} (family {values.get('cpu family')}, {' '.join(flags)})"
 
 
 _NOT_SOURCES = (":(exclude)bench/results", ":(exclude)bench/LOG.md")

@@ -29,11 +29,11 @@ from bench.harness import (
     ROOT,
     changed_files,
     origin_of,
-    processor,
     require_clean_tree,
     result_parser,
 )
 from bertfast.architectures import FAMILIES
+from bertfast.runtime.machine import processor
 from bertfast.runtime.precision import has_bf16_gemm
 
 # What a result depends on; `bench` is left out below where it only draws or writes pages.

@@ -11,7 +11,7 @@ import pytest
 
 from bench import harness, suite
 from bench.end_to_end import inference
-from bench.harness import processor
+from bertfast.runtime.machine import processor
 
 
 @pytest.fixture

@@ -6,14 +6,12 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +21,7 @@ from bertfast.ops import cuda_build, native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 from bertfast.ops.dispatch import HAS_TRITON, resolve, unsupported_reason
 from bertfast.ops.matmul import onednn_depth
+from bertfast.runtime.machine import commit, output_of, processor
 from bertfast.runtime.precision import choose_device, choose_precision, has_bf16_gemm
 from bertfast.runtime.settings import Positive, Settings, flag
 
@@ -150,9 +149,9 @@ def _environment(device: torch.device, devices: list[torch.device]) -> dict[str,
     packages = {name: found for name, found in versions().items() if name not in ("python", "nvcc_of_build")}
     return {
         "versions": ", ".join(f"{name} {found or 'not installed'}" for name, found in packages.items()),
-        "commit": _commit(),
+        "commit": commit(),
         "Python": f"{platform.python_version()} on {platform.platform()}",
-        "CPU": f"{_cpu_model()}; threads: {torch.get_num_threads()}, logical CPUs: {os.cpu_count()}",
+        "CPU": f"{processor()}; threads: {torch.get_num_threads()}, logical CPUs: {os.cpu_count()}",
         "library": _library(),
         **({} if native.UNAVAILABLE_REASON else {"CUDA C++": cuda_build.summary()}),
         "GPUs": "; ".join(map(_gpu, devices[1:])) or "none",
@@ -221,18 +220,6 @@ def _suggestions(device: torch.device) -> list[str]:
     return found
 
 
-def _commit() -> str:
-    """Return the commit of a checkout, or of an installation from a repository."""
-    root = Path(__file__).resolve().parents[2]
-    if (root / ".git").exists():
-        return output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
-    try:
-        source: dict[str, Any] = json.loads(distribution("bertfast").read_text("direct_url.json") or "{}")
-    except PackageNotFoundError:
-        source = {}
-    return str(source.get("vcs_info", {}).get("commit_id", "unknown: the installed package does not record it"))
-
-
 def driver_version() -> str:
     """Return the version of NVIDIA's driver, empty if there is none."""
     return output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
@@ -246,27 +233,12 @@ def nvcc_version() -> str | None:
     return release and release[1]
 
 
-def output_of(*command: str) -> str:
-    """Return the standard output of a program, empty if there is no such program."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        return ""
-
-
 def package_version(name: str) -> str | None:
     """Return the version of an installed package; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_model() -> str:
-    description = Path("/proc/cpuinfo")
-    lines = description.read_text().splitlines() if description.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _cuda_of_torch() -> str:

@@ -1,25 +1,31 @@
 """`bertfast reproduce`: reproduce the tables of the BERT paper (Devlin et al., 2019) with your own models and data.
 
 A recipe defines which models the rows of a table pre-train and which tasks its cells fine-tune on. Finished runs are
-not repeated, and the table, which also shows the figures of the paper, is rewritten after each cell.
+not repeated, and the table, which also shows the figures of the paper, is rewritten after each cell: as table-N.md, and
+as table-N.json with the results of each run, its seed, commit, processor, precision and versions.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
+
+import torch
 
 from bertfast.architectures.presets import Preset
 from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import read_yaml, recipes_folder
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
-from bertfast.data.text_files import json_object, read_lines
+from bertfast.data.text_files import json_object, read_json, read_lines
 from bertfast.runtime.atomic_write import write_atomically
-from bertfast.runtime.output_folder import Origin, OriginError, output_folder, require_origin
+from bertfast.runtime.machine import commit, processor
+from bertfast.runtime.output_folder import RECORD, Origin, OriginError, output_folder, require_origin
 from bertfast.runtime.settings import (
     Count,
     Epochs,
@@ -32,8 +38,9 @@ from bertfast.runtime.settings import (
     refuse_repeated,
 )
 from bertfast.runtime.signals import continued_by
+from bertfast.runtime.versions import versions
 from bertfast.training.checkpoint import has_begun
-from bertfast.training.finetune_folder import finetune_origin, read_results
+from bertfast.training.finetune_folder import RUN, finetune_origin, read_results
 from bertfast.training.finetuning import FinetuneSettings, finetune
 from bertfast.training.pretrain_checkpointing import pretrain_origin
 from bertfast.training.pretrain_data import Corpus
@@ -45,6 +52,27 @@ logger = logging.getLogger("bertfast")
 _ABSENT = "no data"
 # How messages call the types of a recipe's entries.
 _KINDS = {str: "text", int: "a whole number", dict: "`name: value` lines", list: "a list"}
+# Entries of a run's record that say where its results come from.
+_ORIGIN = ("commit", "processor", "device", "threads", "processes", "precision", "versions")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: What the table shows.
+        metric: Name of the metric.
+        scores: Its value in each run, in the unit of the table.
+        runs: Seed, origin and results of each run.
+        pretraining: Precision, versions and settings of the pre-training of its model; None: it was given.
+    """
+
+    text: str
+    metric: str = ""
+    scores: list[float] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    pretraining: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +121,7 @@ def reproduce(settings: ReproduceSettings) -> Path:
     """Run what is missing of a table.
 
     Returns:
-        The Markdown file of the table.
+        The Markdown file of the table; next to it is one in JSON.
 
     Raises:
         FileNotFoundError: There is no recipe of this table, no folder `data`, or none of the table's files in it.
@@ -108,7 +136,8 @@ def reproduce(settings: ReproduceSettings) -> Path:
     columns = _columns(settings, table)
     if settings.model_name_or_path is None or any("pretrain" in row for row in table["rows"]):
         _corpus(Path(settings.data, "corpus"))
-    cells = {}
+    commit()  # before a later one is checked out
+    cells: dict[tuple[str, str], Cell] = {}
     # Every run has a record of its own; tables may share runs.
     overwrite = settings.overwrite_output_dir
     with output_folder(Path(settings.output_dir), Origin(command="reproduce"), (), overwrite=overwrite) as folder:
@@ -116,10 +145,11 @@ def reproduce(settings: ReproduceSettings) -> Path:
         for row in table["rows"]:
             for name in columns:
                 with continued_by("table"):
-                    cells[row["name"], name] = _cell(settings, table, row, name, folder)
-                write_atomically(page, render(table, cells, settings))
-                if cells[row["name"], name] != _ABSENT:
-                    logger.info("%s, %s: %s", row["name"], name, cells[row["name"], name])
+                    cells[row["name"], name] = cell = _cell(settings, table, row, name, folder)
+                write_atomically(page, render(table, {key: each.text for key, each in cells.items()}, settings))
+                write_atomically(page.with_suffix(".json"), json.dumps(_record(table, cells, settings), indent=1))
+                if cell.text != _ABSENT:
+                    logger.info("%s, %s: %s", row["name"], name, cell.text)
     print(page.read_text(encoding="utf-8"))
     return page
 
@@ -165,6 +195,34 @@ def render(table: dict[str, Any], cells: dict[tuple[str, str], str], settings: R
     return "\n".join([*lines, "", f"{table.get('note', '')}", "", f"Settings: {used}.", ""])
 
 
+def _record(
+    table: dict[str, Any], cells: Mapping[tuple[str, str], Cell], settings: ReproduceSettings
+) -> dict[str, Any]:
+    """Return the table for a JSON file, without paths of this machine; its origin is that of this call."""
+    paper = {row["name"]: row.get("paper", {}) for row in table["rows"]}
+    model = settings.model_name_or_path
+    return {
+        "origin": {
+            "date": date.today().isoformat(),
+            "commit": commit(),
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
+            "python": versions()["python"],
+            "versions": {name: found for name, found in versions().items() if name != "python"},
+        },
+        "title": table["title"],
+        "model": None if model is None else Path(model).name,
+        "preset": settings.preset,
+        "minutes": settings.minutes,
+        "learning_rate": settings.learning_rate,
+        "seeds": settings.seeds,
+        "cells": [
+            {"row": row, "column": column, "paper": paper[row].get(column), **asdict(cell)}
+            for (row, column), cell in cells.items()
+        ],
+    }
+
+
 def _columns(settings: ReproduceSettings, table: dict[str, Any]) -> list[str]:
     """Return the names of the columns to fill in, after checking that there is data for at least one of them."""
     for name in settings.only:
@@ -191,37 +249,56 @@ def _files(column: dict[str, Any], data: Path) -> list[Path]:
     return [data / column[name] for name in ("train-file", "validation-file") if name in column]
 
 
-def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any], name: str, folder: Path) -> str:
-    """Return the text of a cell, after the runs that it still needs."""
+def _cell(settings: ReproduceSettings, table: dict[str, Any], row: dict[str, Any], name: str, folder: Path) -> Cell:
+    """Return a cell, after the runs that it still needs."""
     column = table["columns"][name]
     if column.get("metric") == "perplexity":
-        return f"{_perplexity(Path(_model(settings, row, folder), 'metrics.jsonl')):.2f}"
+        model = _model(settings, row, folder)
+        perplexity = _perplexity(Path(model, "metrics.jsonl"))
+        return Cell(f"{perplexity:.2f}", "perplexity", [perplexity], [], _pretraining(model, folder))
     train, validation = _files(column, Path(settings.data))
     if not (train.is_file() and validation.is_file()):
-        return _ABSENT
+        return Cell(_ABSENT)
     files = {"train-file": train, "validation-file": validation}
-    scores = []
+    scores, runs, model = [], [], _model(settings, row, folder)
     for seed in settings.seeds:
         # Several columns may show metrics of the same run.
         run = folder / f"{_plain(row['name'])}-{_plain(column.get('run', name))}-{seed}"
         flags = {"learning-rate": settings.learning_rate} | table.get("finetune", {}) | column.get("finetune", {})
         flags |= row.get("finetune", {}) | {"task": column["task"], "seed": seed, **files}
-        flags |= {"model-name-or-path": _model(settings, row, folder), "output-dir": run}
+        flags |= {"model-name-or-path": model, "output-dir": run}
         if settings.num_train_epochs is not None:
             flags["num-train-epochs"] = settings.num_train_epochs
-        finetuning = parse("finetune", FinetuneSettings, flags_of(flags | _where(settings)))
-        stale = has_begun(run) and _is_stale(run, finetune_origin(finetuning, "finetune"), settings)
-        results = None if stale else read_results(run)
-        if results is None:
-            resume = has_begun(run) and not stale
-            results = finetune(finetuning.replace(overwrite_output_dir=stale, resume=resume))
+        results = _results(parse("finetune", FinetuneSettings, flags_of(flags | _where(settings))), run, settings)
         score = results.get(f"eval_{column['metric']}")
         if score is None:
             known = ", ".join(key.removeprefix("eval_") for key in results if key.startswith("eval_"))
             raise ValueError(f"column {name}: {run} has no {column['metric']}; give the recipe one of {known}")
         scores.append(score * column.get("times", 100))
+        record = read_json(run / RUN) if (run / RUN).exists() else {}  # an earlier version wrote none
+        origin = {key: record[key] for key in _ORIGIN if key in record}
+        runs.append({"run": run.name, "seed": seed, **origin, "results": results})
     spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.1f}{spread}"
+    text = f"{statistics.mean(scores):.1f}{spread}"
+    return Cell(text, column["metric"], scores, runs, _pretraining(model, folder))
+
+
+def _results(finetuning: FinetuneSettings, run: Path, settings: ReproduceSettings) -> dict[str, Any]:
+    """Return the results of a fine-tuning run, which is not repeated if it is finished."""
+    stale = has_begun(run) and _is_stale(run, finetune_origin(finetuning, "finetune"), settings)
+    results = None if stale else read_results(run)
+    if results is None:
+        resume = has_begun(run) and not stale
+        results = finetune(finetuning.replace(overwrite_output_dir=stale, resume=resume))
+    return results
+
+
+def _pretraining(model: str, folder: Path) -> dict[str, Any] | None:
+    """Return the precision, the versions and the settings of a model that was pre-trained in `folder`; else None."""
+    if Path(model).parent != folder:
+        return None
+    record = read_json(Path(model, RECORD))
+    return {"precision": record["settings"].get("--precision")} | {key: record[key] for key in ("versions", "settings")}
 
 
 def _perplexity(metrics: Path) -> float:

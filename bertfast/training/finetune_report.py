@@ -16,6 +16,7 @@ from bertfast.data.text_files import read_json
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.weights import is_adapter
 from bertfast.runtime.atomic_write import write_atomically
+from bertfast.runtime.machine import commit, processor
 from bertfast.runtime.output_folder import described
 from bertfast.runtime.settings import flag, given
 from bertfast.tasks.task import FINETUNING_TASK
@@ -80,7 +81,9 @@ def write_report(
     run = described(folder, finetune_origin(settings, "finetune"))
     run |= {
         "settings": settings.flat(),
+        "commit": commit(),
         "device": _device_name(model.device),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "processes": processes,
         "precision": precision,

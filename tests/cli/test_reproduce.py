@@ -10,6 +10,7 @@ from bertfast.cli.flags import flags_of, parse
 from bertfast.cli.recipes import recipes_folder
 from bertfast.cli.reproduce import ReproduceSettings, check_recipe, reproduce
 from bertfast.data.prepare import CorpusSettings
+from bertfast.runtime.machine import commit, processor
 from bertfast.runtime.output_folder import OriginError
 from bertfast.training.finetuning import FinetuneSettings
 from bertfast.training.pretraining import PretrainSettings
@@ -94,6 +95,7 @@ def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monk
     assert cells["LTR"][2] == "no data (70)"
     config = json.loads((tmp_path / "out" / "model-objective-ltr" / "config.json").read_text())
     assert (config["is_decoder"], config["pool_last"]) == (True, True)
+    check_record(tmp_path / "out" / "table-5.json", cells)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
     assert len(times) >= 4
     assert reproduce(settings).read_text() == page
@@ -115,6 +117,29 @@ def test_a_table_is_filled_cell_by_cell_and_runs_are_not_repeated(tmp_path, monk
     assert not any(times[path] == path.stat().st_mtime_ns for path in runs)
     with pytest.raises(FileNotFoundError, match="there is no recipe"):
         reproduce(settings.replace(table=8))
+
+
+def check_record(file: Path, cells: dict[str, list[str]]) -> None:
+    """Check that the JSON file of a table says where each of its figures comes from."""
+    record = json.loads(file.read_text())
+    assert str(file.parents[1]) not in file.read_text()
+    assert record["origin"]["commit"] == commit()
+    assert record["origin"]["processor"] == processor()
+    assert {"bertfast", "torch", "transformers"} <= record["origin"]["versions"].keys()
+    assert (record["seeds"], record["preset"], record["minutes"]) == ([1, 2], "tiny", 0.02)
+    found = {(cell["row"], cell["column"]): cell for cell in record["cells"]}
+    assert len(found) == 6
+    perplexity, own, absent = (found["LTR", column] for column in ("perplexity", "Own", "Other"))
+    assert f"{perplexity['scores'][0]:.2f}" == perplexity["text"] == cells["LTR"][0]
+    assert own["pretraining"] == perplexity["pretraining"]
+    assert own["pretraining"]["settings"]["--objective"] == "ltr"
+    assert own["pretraining"]["precision"] in ("fp32", "bf16")
+    assert (own["text"], own["metric"], own["paper"]) == (cells["LTR"][1].removesuffix(" (80.0)"), "accuracy", 80.0)
+    assert [run["seed"] for run in own["runs"]] == [1, 2]
+    for score, run in zip(own["scores"], own["runs"], strict=True):
+        assert score == 100 * run["results"]["eval_accuracy"]
+        assert run.keys() >= {"commit", "processor", "device", "threads", "precision", "versions"}
+    assert (absent["text"], absent["scores"], absent["runs"]) == ("no data", [], [])
 
 
 @pytest.mark.parametrize("table", [1, 7])

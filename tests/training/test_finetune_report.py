@@ -15,6 +15,7 @@ from task_examples import settings_for, write_examples
 
 import bertfast
 from bertfast.cli.main import main
+from bertfast.runtime.machine import commit, processor
 from bertfast.training.finetuning import FinetuneSettings, finetune
 
 pytestmark = pytest.mark.slow
@@ -31,6 +32,7 @@ def test_run_json_has_settings_versions_hashes_and_results(tuned, pretrained, fi
     run = json.loads((folder / "run.json").read_text())
     assert run["results"] == results
     assert (run["command"], run["precision"], run["threads"]) == ("finetune", "fp32", torch.get_num_threads())
+    assert (run["commit"], run["processor"]) == (commit(), processor())
     assert run["versions"]["bertfast"] == bertfast.__version__
     assert run["versions"]["torch"] == torch.__version__
     assert FinetuneSettings.of(**run["settings"]).flat() == run["settings"]

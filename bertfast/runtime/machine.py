@@ -1,0 +1,48 @@
+"""Where a result comes from: the commit of the code, and the processor."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+
+def output_of(*command: str) -> str:
+    """Return the standard output of a program, empty if there is no such program."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+@cache
+def commit() -> str:
+    """Return the commit of a checkout when this is first called, or of an installation from a repository.
+
+    With uncommitted changes it ends with "-dirty"; where it is not known, it starts with "unknown".
+    """
+    root = Path(__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        return output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    try:
+        source: dict[str, Any] = json.loads(distribution("bertfast").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        source = {}
+    return str(source.get("vcs_info", {}).get("commit_id", "unknown: the installed package does not record it"))
+
+
+@cache
+def processor() -> str:
+    """Return the name of the processor, its family and the instruction sets that matter here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    values = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in values.get("flags", "").split()]
+    return f"{values.get('model name', platform.machine())} (family {values.get('cpu family')}, {' '.join(flags)})"
