@@ -15,14 +15,23 @@ from bertfast.runtime.precision import wait_for
 
 
 def step_flops(config: BertConfig, batch: Batch) -> int:
-    """Return the FLOPs of a batch, forward and backward, without padding.
+    """Return the FLOPs of a batch, forward and backward, without padding; see `training_flops`."""
+    return training_flops(config, batch.sequences.lengths, batch.masked)
+
+
+def training_flops(config: BertConfig, lengths: Sequence[int], masked: int) -> int:
+    """Return the FLOPs of sequences in pre-training, forward and backward.
 
     The backward pass takes twice those of the forward pass: 3 · `encoder_flops` + 6 · (H · E + E · V) · masked tokens,
     with hidden size H, vocabulary size V and embedding size E, which is H in most families.
     """
+    return 3 * (encoder_flops(config, lengths) + head_flops(config, masked))
+
+
+def head_flops(config: BertConfig, masked: int) -> int:
+    """Return the FLOPs of the masked-LM head's forward pass: 2 · (H · E + E · V) · masked tokens."""
     embedding: int = getattr(config, architecture_of(config).width)
-    head = embedding * (config.hidden_size + config.vocab_size)
-    return 3 * encoder_flops(config, batch.sequences.lengths) + 6 * head * batch.masked
+    return 2 * embedding * (config.hidden_size + config.vocab_size) * masked
 
 
 def encoder_flops(config: BertConfig, lengths: Sequence[int]) -> int:

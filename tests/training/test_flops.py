@@ -4,7 +4,7 @@ import pytest
 
 from bertfast.architectures import FAMILIES
 from bertfast.architectures.presets import preset_config
-from bertfast.training.flops import encoder_flops, encoder_parameters
+from bertfast.training.flops import encoder_flops, encoder_parameters, training_flops
 
 LENGTHS = (3, 9, 40)
 
@@ -25,3 +25,9 @@ def test_windows_count_the_positions_inside_them():
 
 def test_the_weights_of_bert_base_are_those_of_its_layers():
     assert encoder_parameters(preset_config("base")) == 12 * 768 * (4 * 768 + 2 * 3072)
+
+
+def test_training_takes_three_forward_passes_of_encoder_and_head():
+    config = preset_config("base")
+    head = 2 * 768 * (768 + 30_522) * 5
+    assert training_flops(config, LENGTHS, masked=5) == 3 * (encoder_flops(config, LENGTHS) + head)
