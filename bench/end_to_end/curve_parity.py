@@ -25,6 +25,7 @@ from tqdm import tqdm
 from bench.figures import hardware, save
 from bench.harness import RESULTS, require_clean_tree, result_parser, write_result
 from bertfast import BertForPreTraining, preset_config
+from bertfast.architectures.presets import Preset
 from bertfast.data.batches import Batch, Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.data.samples import Sampling
@@ -82,11 +83,12 @@ def corpus(folder: Path) -> CorpusSettings:
     return CorpusSettings([train], [valid], vocab_size=VOCAB_SIZE)
 
 
-def initial_model(folder: Path, shards: Path) -> Path:
-    """Write the random weights from which both loops start; return their folder."""
-    torch.manual_seed(0)
-    BertForPreTraining(preset_config("mini", vocab_size=VOCAB_SIZE)).save_pretrained(folder)
-    save_tokenizer(load_tokenizer(shards), folder)
+def initial_model(folder: Path, shards: Path, preset: Preset = "mini", seed: int = 0) -> Path:
+    """Write the random weights from which both sides start, with the tokenizer of the shards; return their folder."""
+    torch.manual_seed(seed)
+    tokenizer = load_tokenizer(shards)
+    BertForPreTraining(preset_config(preset, vocab_size=tokenizer.get_vocab_size())).save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return folder
 
 

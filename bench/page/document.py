@@ -11,6 +11,7 @@ from bench.figures import step_case
 from bench.page.accuracy import accuracy_text
 from bench.page.data import data_text
 from bench.page.gemm_libraries import gemm_libraries_text
+from bench.page.learning import is_learning, learning_text
 from bench.page.memory import ahead_in, memory_table, over_time_table, sweep_of
 from bench.page.operators import comparisons, operators_text
 from bench.page.plots import plots_of
@@ -91,7 +92,7 @@ def by_processor(results: list[Result]) -> dict[str, list[Result]]:
     """Return the results that have rows or memory to show, by processor; those with most rows first."""
     machines: dict[str, list[Result]] = {}
     for result in results:
-        if rows_of(result) or result.name in SHOWN or over_time_table(result):
+        if rows_of(result) or result.name in SHOWN or over_time_table(result) or is_learning(result):
             machines.setdefault(result.origin["processor"], []).append(result)
     return dict(sorted(machines.items(), key=lambda item: -sum(len(rows_of(result)) for result in item[1])))
 
@@ -196,6 +197,7 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
     parts += filter(None, map(over_time_table, results))
     parts += filter(None, map(serving_text, results))
     parts += [data_text(result) for result in results if result.name == "data"]
+    parts += filter(None, [learning_text(results, folder)])
     parts += [f"![{title}](../bench/results/{path})\n" for title, path in plots_of(results, folder)]
     parts.append(
         "Files in `bench/results/`:\n\n" + table(["file", "date", "commit", "versions"], map(origin_row, results))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.end_to_end import curve_parity, growth, long_sequences
 from bench.figures import OPERATOR_NAMES, case_title, hardware, plain_ticks, plot_operators, runs_of, save
+from bench.page.learning import draw_curves
 from bench.page.rows import Result
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def draw(results: list[Result], folder: Path) -> list[Path]:
             written.append((folder / result.file).with_suffix(".png"))
         if result.name == "cpu_operators":
             written += plot_operators([result.values], (folder / result.file).parent)
-    return written
+    return written + draw_curves(results, folder)
 
 
 def roofline(axis: Axes, result: Result) -> None:
