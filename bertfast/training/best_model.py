@@ -25,17 +25,19 @@ class BestModel:
         data: Task, tokenizer and data of the run.
         model: The model that is trained.
         adapter: Its adapter if only that is trained.
+        merged: Whether the run ends by merging the adapter into the model.
     """
 
     folder: Path
     data: RunData
     model: PreTrainedModel
     adapter: Adapter | None
+    merged: bool
 
     def save(self) -> None:
         """Write the model, its tokenizer, and what else its folder holds."""
         # Before the model, which alone opens with another pooling.
-        self.data.task.write_folder(self.folder, adapted=self.adapter is not None)
+        self.data.task.write_folder(self.folder, adapted=self.adapter is not None and not self.merged)
         copy_tokenizer(self.data.tokenizer, self.data.source, self.folder)
         save(self.model, self.folder) if self.adapter is None else self.adapter.save(self.folder)
 

@@ -139,7 +139,7 @@ class Finetuning:
             self.precision = saved_precision(self.saved)
         torch.manual_seed(self.hyperparameters.seed)
         self.model, self.adapter = build_model(settings, self.task, self.config, self.tokenizer, self.saved)
-        self.best = BestModel(self.folder, data, self.model, self.adapter)
+        self.best = BestModel(self.folder, data, self.model, self.adapter, settings.lora.lora_merge)
         align_parameters(self.model)
         nn.Module.to(self.model, self.device)  # transformers' own `to` has the type of a plain function
         require_packed(self.model.train(), self.precision)

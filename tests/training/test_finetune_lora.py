@@ -183,6 +183,7 @@ def test_sentence_transformers_opens_the_adapter(task, family, merge, tmp_path, 
     options = {"lora_rank": 2, "max_steps": 4, "learning_rate": 1e-2, "lora_merge": merge}
     finetune(settings_for(task, base, file, tmp_path / "out", **options))
     assert is_adapter(tmp_path / "out") != merge
+    assert (tmp_path / "out" / "modules.json").exists() == (task == "embedding" or not merge)
     rows = [line.split("\t")[:2] for line in file.read_text().splitlines()[1:]]
     if task == "embedding":
         model = st.SentenceTransformer(str(tmp_path / "out"), device="cpu")
