@@ -132,17 +132,17 @@ def test_the_page_has_every_case_of_cuda():
 
 
 def test_the_history_has_what_changed():
-    lines = history.table(
-        {"aaa": {"rotary | x": 1e-6, "delta | y": 2e-6}, "bbb": {"rotary | x": 1e-6, "delta | y": 1e-6}}
-    )
-    assert lines[-1] == "| delta | y | 2.0 | 1.0 |"
+    times = {"aaa": {"rotary, x": 1.0, "delta, y": 2.0}, "bbb": {"rotary, x": 1.0, "delta, y": 1.0}}
+    lines = history.table(times)
+    assert lines[-1] == "| delta, y | 2.0 | 1.0 |"
     assert not any("rotary" in line for line in lines)
-    assert history.table({"aaa": {}, "bbb": {"rotary | x": 1e-6}})[-1] == "| rotary | x |  | 1.0 |"
+    assert history.table({"aaa": {}, "bbb": {"rotary, x": 1.0}})[-1] == "| rotary, x |  | 1.0 |"
 
 
-def test_times_are_computed_from_kept_machine_code():
-    found = history.seconds([Code("delta_kernel<BFloat16, 64>", CODE, 40)])
-    assert sorted(found) == sorted(
-        f"{case.kernel} | {case.case}" for case in cuda_cases.cuda_cases() if "delta" in case.kernel
-    )
-    assert all(seconds > 0 for seconds in found.values())
+def test_the_history_reads_the_table_of_predictions():
+    table = predict_program.table([row("d_q", 1e-6, False), row("d_kv", 2e-6, False)])
+    assert history.microseconds(table) == {
+        "d_q, length 512": 1.0,
+        "d_kv, length 512": 2.0,
+        "both kernels, length 512": 3.0,
+    }

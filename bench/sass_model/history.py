@@ -1,28 +1,34 @@
 """Predict again, with the constants of today, what earlier commits predicted.
 
-    python -m bench.sass_model.history [--output bench/results/sass_model_history.md]
+    python -m bench.sass_model.history [--language cuda] [--output bench/results/sass_model_history.md]
 
-Each commit that renewed bench/results/sass_listings.json.xz has the machine code of its kernels there, so the history
-of the repository has all that is needed. A row has a kernel in a case and its predicted time at each of these commits;
-cases that do not differ by more than 1 % between any two of them are left out.
+Each commit that renewed bench/results/sass_listings.json.xz has the machine code of its CUDA C++ kernels there, and the
+cases that belong to it. So its program predicts them again, after `constants.py` was replaced: nvcc is not needed, and
+Triton compiles its kernels as they were. A row has a kernel in a case and its predicted time at each of these commits;
+rows that never differ by more than 1 % are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 from bench.harness import ROOT, require_clean_tree
-from bench.sass_model.cases import launches
-from bench.sass_model.constants import VERSION
-from bench.sass_model.machine_code import KEPT, Code, unpack
-from bench.sass_model.predict import TOLERANCE, cuda_rows, rows
+from bench.sass_model import constants
+from bench.sass_model.machine_code import KEPT
+from bench.sass_model.predict import TOLERANCE, time_of_row
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--language", choices=["triton", "cuda"], help="only kernels in this language")
     parser.add_argument("--output", type=Path, help="write the table to this Markdown file instead of printing it")
     arguments = parser.parse_args()
     if arguments.output:
@@ -31,8 +37,8 @@ def main() -> int:
     commits = _git("log", "--reverse", "--format=%h", "--", path).decode().split()
     if not commits:
         parser.error(f"no commit has {path}: `make predictions` writes it")
-    times = {commit: seconds(unpack(_git("show", f"{commit}:{path}"))) for commit in commits}
-    text = "\n".join(table(times)) + "\n"
+    language = ["--language", arguments.language] if arguments.language else []
+    text = "\n".join(table({commit: microseconds(predict_again(commit, language)) for commit in commits})) + "\n"
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")
     else:
@@ -40,35 +46,48 @@ def main() -> int:
     return 0
 
 
-def seconds(codes: list[Code]) -> dict[str, float]:
-    """Return the predicted time of each case, by kernel and case. Cases whose kernel is missing are left out."""
-    found = []
-    for launch in launches():
-        of_launch = [code for code in codes if code.launch == launch.name]
-        if {case.kernel for case in launch.cases} <= {code.kernel for code in of_launch}:
-            found += list(rows(launch, of_launch))
-    found += list(cuda_rows([code for code in codes if not code.launch]))
-    return {f"{row.kernel} | {row.case}": row.prediction.seconds for row in found}
+def predict_again(commit: str, options: list[str]) -> list[str]:
+    """Return what the program of a commit prints with the constants of today.
+
+    Raises:
+        subprocess.CalledProcessError: It failed, for instance because it misses a constant.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with tarfile.open(fileobj=io.BytesIO(_git("archive", "--format=tar", commit))) as archive:
+            archive.extractall(folder, filter="data")
+        if not (folder / "bertfast" / "kernels").exists():
+            (folder / "bertfast" / "kernels").symlink_to("../kernels")
+        shutil.copy(constants.__file__, folder / "bench" / "sass_model" / "constants.py")
+        command = [sys.executable, "-m", "bench.sass_model.predict", *options]
+        environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+        ran = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        return ran.stdout.splitlines()
+
+
+def microseconds(lines: list[str]) -> dict[str, float]:
+    """Return the times in a table of predictions, by kernel and case."""
+    return {key: time for key, time in map(time_of_row, lines) if key}
 
 
 def table(times: dict[str, dict[str, float]]) -> list[str]:
-    """Return the lines of the page, from the times by commit."""
-    cases = dict.fromkeys(case for of_commit in times.values() for case in of_commit)
+    """Return the lines of the page, from the times by commit in µs."""
+    rows = dict.fromkeys(row for of_commit in times.values() for row in of_commit)
     lines = [
         "# Predictions of earlier commits, computed with the constants of today",
         "",
-        f"By `python -m bench.sass_model.history`, constants of version {VERSION}: µs on an H200, by the commit whose "
-        "machine code it is. Cases that never changed by more than 1 % are left out. **Nothing here was measured.**",
+        f"By `python -m bench.sass_model.history`, constants of version {constants.VERSION}: µs on an H200, by the "
+        "commit whose machine code it is. What never changed by more than 1 % is left out. **Nothing here was "
+        "measured.**",
         "",
-        f"| kernel | case | {' | '.join(times)} |",
-        "|---" * (2 + len(times)) + "|",
+        f"| kernel, case | {' | '.join(times)} |",
+        "|---" * (1 + len(times)) + "|",
     ]
-    for case in cases:
-        values = [of_commit.get(case) for of_commit in times.values()]
+    for row in rows:
+        values = [of_commit.get(row) for of_commit in times.values()]
         known = [value for value in values if value is not None]
         if len(known) < len(values) or max(known) > (1 + TOLERANCE) * min(known):
-            cells = ["" if value is None else f"{value * 1e6:.1f}" for value in values]
-            lines.append(f"| {case} | {' | '.join(cells)} |")
+            lines.append(f"| {row} | {' | '.join('' if value is None else f'{value:.1f}' for value in values)} |")
     return lines
 
 

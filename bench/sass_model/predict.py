@@ -222,9 +222,9 @@ def header(nvcc: str) -> list[str]:
 
 def differences(new: list[str], page: list[str]) -> list[str]:
     """Return a line for each row whose predicted time the page lacks, or has differently by more than TOLERANCE."""
-    old = {key: value for key, value in map(_time, page) if key}
+    old = {key: value for key, value in map(time_of_row, page) if key}
     found = []
-    for key, value in map(_time, new):
+    for key, value in map(time_of_row, new):
         if not key:
             continue
         if key not in old:
@@ -234,7 +234,7 @@ def differences(new: list[str], page: list[str]) -> list[str]:
     return found
 
 
-def _time(line: str) -> tuple[str, float]:
+def time_of_row(line: str) -> tuple[str, float]:
     """Return kernel and case of a row, and its time in µs; an empty name for other lines."""
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     if len(cells) != _COLUMNS.count("|") + 1 or not re.fullmatch(r"[\d.]+", cells[6]):
