@@ -28,7 +28,7 @@ import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tiny_model import save_tiny_model
@@ -44,7 +44,8 @@ class BertfastEngine:
     """Computes the vectors of a batch without padding, with a model that is frozen, or quantised in its folder."""
 
     def __init__(self, folder: str, precision: Literal["fp32", "bf16"] | None = None) -> None:
-        self.model = bertfast.AutoModel.from_pretrained(folder).eval()
+        model = bertfast.AutoModel.from_pretrained(folder).eval()
+        self.model = model.float() if model.dtype == torch.float16 else model
         self.collate = bertfast.PaddingFreeCollator()
         if precision or not hasattr(self.model.config, "quantization_config"):
             bertfast.freeze(self.model, precision)
@@ -159,15 +160,18 @@ def application(tokenize: Callable[[list[str]], list[TokenIds]], engine: Engine,
     batcher = Batcher(engine, limits)
 
     async def embed(request: Request) -> Response:
-        # In the event loop, because a tokenizer is not safe to call from several threads.
-        texts = tokenize(await read_texts(request, limits))
+        try:
+            content = await read_texts(request, limits)
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody reads
+        texts = tokenize(content)  # in the event loop: a tokenizer is not safe to call from several threads
         for index, token_ids in enumerate(texts):
             if not 0 < len(token_ids) <= limits.tokens_per_text:
                 message = f"texts[{index}] has {len(token_ids)} tokens: a text has 1 to {limits.tokens_per_text}"
                 raise HTTPException(413, message)
         vectors = await unless_client_leaves(request, batcher.embed(texts))
         if vectors is None:
-            return Response(status_code=400)  # which nobody reads
+            return Response(status_code=400)
         return JSONResponse({"vectors": vectors.astype(float).round(7).tolist()})
 
     async def health(request: Request) -> JSONResponse:
@@ -220,14 +224,15 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or save_tiny_model(Path(temporary), bertfast.BertModel)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
             engine = BertfastEngine(folder, arguments.precision)
-        except ValueError as error:  # it cannot be frozen: with --precision if it is quantised
-            parser.error(str(error))
+        except (OSError, ValueError) as error:  # there is none, or it cannot be frozen: with --precision if quantised
+            parser.error(f"{folder}: {' '.join(str(error).split())}")
     longest = min(arguments.max_seq_length, tokenizer.model_max_length, engine.model.config.max_position_embeddings)
     try:  # once, before the first request: positions of RoBERTa's models begin at 2
-        engine([[tokenizer.cls_token_id or 0] * longest])
+        if not np.isfinite(engine([[tokenizer.cls_token_id or 0] * longest])).all():
+            parser.error(f"{folder}: the vectors of this model are NaN or infinite: give another model or --precision")
     except (IndexError, ValueError) as error:
         parser.error(f"texts of {longest} tokens do not fit into the model ({error}): give a smaller --max-seq-length")
     limits = Limits(arguments.tokens_per_batch, longest)

@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import json
+import logging
 import re
 import socket
 import sys
@@ -241,7 +242,10 @@ def models(folder, tmp_path_factory):
     config = transformers.RobertaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=66)
     transformers.RobertaModel(config).save_pretrained(where / "roberta")
     tokenizer.model_max_length = 10**30
-    for name in ("int8", "roberta"):
+    broken = bertfast.AutoModel.from_pretrained(folder)
+    broken.encoder.layer[0].output.dense.weight.data[3, 3] = float("nan")
+    broken.save_pretrained(where / "nan")
+    for name in ("int8", "roberta", "nan"):
         tokenizer.save_pretrained(where / name)
     return where
 
@@ -250,6 +254,8 @@ def models(folder, tmp_path_factory):
     ("arguments", "message"),
     [
         (["int8", "--precision", "bf16"], "is quantised to int8: load the model from which"),
+        (["nowhere/at/all"], "nowhere/at/all: "),
+        (["nan"], "nan: the vectors of this model are NaN or infinite: give another model or --precision"),
         (["roberta"], "texts of 66 tokens do not fit into the model .*: give a smaller --max-seq-length"),
         (["roberta", "--max-seq-length", "0"], "--max-seq-length: must be a number from 3 to .*, got 0"),
         (["roberta", "--port", "99999"], "--port: must be a number from 1 to 65535, got 99999"),
@@ -302,6 +308,28 @@ def test_a_full_queue_refuses_and_open_requests_are_answered_at_the_end():
         assert first.result().tolist() == [[1, 1]]
         assert second.result().tolist() == [[2, 1], [3, 1]]
     assert engine.batches == [[1], [1, 1]]
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error(small_server, caplog):
+    log = logging.getLogger("uvicorn.error")  # which does not propagate
+    log.addHandler(caplog.handler)
+    try:
+        for sent in (b"", b'{"texts": ["a'):
+            with socket.create_connection(("127.0.0.1", int(small_server.rpartition(":")[2]))) as client:
+                client.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n" + sent)
+                threading.Event().wait(0.1)  # so that the server reads the body when the client leaves
+        for _ in range(3):
+            assert vectors_of(small_server, ["ab"]).tolist() == [[2, 1]]
+            threading.Event().wait(0.1)
+    finally:
+        log.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
+def test_half_precision_weights_are_served_in_fp32(folder, token_ids, tmp_path):
+    bertfast.AutoModel.from_pretrained(folder).half().save_pretrained(tmp_path)
+    actual = torch.from_numpy(serve.BertfastEngine(str(tmp_path))(token_ids))
+    assert (actual - expected_vectors(folder, token_ids, torch.float32)).abs().max() < 1e-2
 
 
 def test_texts_of_clients_that_left_are_not_computed():
