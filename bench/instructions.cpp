@@ -47,9 +47,10 @@ Rows rows(int64_t count, int64_t columns) { return {floats(count * columns), Typ
 Vector vector(int64_t count) { return {floats(count), Type::float32}; }
 
 // Return 0, 1, 2 … `end` - 1, repeated.
-int64_t* indices(int64_t count, int64_t end) {
-  int64_t* values = static_cast<int64_t*>(std::malloc(count * sizeof(int64_t)));
-  for (int64_t i = 0; i < count; ++i) values[i] = i % end;
+template <class Integer = int64_t>
+Integer* indices(int64_t count, int64_t end) {
+  Integer* values = static_cast<Integer*>(std::malloc(count * sizeof(Integer)));
+  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<Integer>(i % end);
   return values;
 }
 
@@ -105,7 +106,7 @@ void cross_entropy(int64_t tokens, bool backward) {
 }
 
 template <class Tasks>
-AttentionInputs attention_inputs(int64_t tokens, int64_t length, int window, const int64_t* cu_seqlens, int sequences,
+AttentionInputs attention_inputs(int64_t tokens, int64_t length, int window, const int32_t* cu_seqlens, int sequences,
                                  const Tasks& tasks) {
   AttentionInputs inputs{};
   inputs.capacity = inputs.num_tokens = tokens, inputs.heads = HEADS, inputs.head_dim = HEAD_DIM;
@@ -119,8 +120,8 @@ AttentionInputs attention_inputs(int64_t tokens, int64_t length, int window, con
 
 void attention_of(int64_t tokens, int64_t length, int window, bool backward) {
   const int sequences = (int)(tokens / length);
-  int64_t* const cu_seqlens = indices(sequences + 1, sequences + 1);
-  for (int i = 0; i <= sequences; ++i) cu_seqlens[i] *= length;
+  int32_t* const cu_seqlens = indices<int32_t>(sequences + 1, sequences + 1);
+  for (int i = 0; i <= sequences; ++i) cu_seqlens[i] *= static_cast<int32_t>(length);
   const auto tasks = attention_tasks(cu_seqlens, sequences, HEADS, window, 1, backward);
   const AttentionInputs inputs = attention_inputs(tokens, length, window, cu_seqlens, sequences, tasks);
   void *const o = floats(tokens * HIDDEN), *const d_o = floats(tokens * HIDDEN);
@@ -195,7 +196,7 @@ namespace {
 void packed_layer(int64_t tokens, bool) {
   const WeightType type = WeightType::float32;
   const int sequences = (int)(tokens / LENGTH);
-  int64_t* const cu_seqlens = indices(sequences + 1, sequences + 1);
+  int32_t* const cu_seqlens = indices<int32_t>(sequences + 1, sequences + 1);
   for (int i = 0; i <= sequences; ++i) cu_seqlens[i] *= LENGTH;
   const auto tasks = attention_tasks(cu_seqlens, sequences, HEADS, UNLIMITED, 1, false);
   AttentionInputs inputs = attention_inputs(tokens, LENGTH, UNLIMITED, cu_seqlens, sequences, tasks);

@@ -31,7 +31,7 @@ struct AttentionInputs {
   int64_t capacity;  // T, padding slots included
   int heads, head_dim;
   int sequences, max_seqlen_bound;  // no sequence is longer than the bound
-  const int64_t* cu_seqlens;        // [sequences + 1]
+  const int32_t* cu_seqlens;        // [sequences + 1]
   const void* qkv;                  // [T, 3, A, D]
   Type type;                        // of every tensor except the statistics
   int64_t stride;                   // elements from one token of qkv to the next

@@ -48,7 +48,7 @@ class AttentionCall {
       inputs_.dropout = {static_cast<const uint64_t*>(seed->data_ptr()), sequence_ids_, (uint32_t)counter_word,
                          (int)threshold};
     if constexpr (!Device::on_gpu) {
-      const int64_t* const starts = inputs_.cu_seqlens;
+      const int32_t* const starts = inputs_.cu_seqlens;
       inputs_.num_tokens = starts[inputs_.sequences];
       tasks_ = attention_tasks(starts, inputs_.sequences, inputs_.heads, inputs_.window, threads(), backward);
       inputs_.tasks = tasks_.data(), inputs_.task_count = (int64_t)tasks_.size();
@@ -58,7 +58,8 @@ class AttentionCall {
 
  private:
   Tensor qkv_;
-  Indices starts_, sequence_ids_;
+  Offsets starts_;
+  Indices sequence_ids_;
   std::vector<AttentionTask> tasks_;
   AttentionInputs inputs_{};
 };

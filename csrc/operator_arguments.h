@@ -112,16 +112,22 @@ class Dense {
   OptionalTensor tensor_;
 };
 
-class Indices {
+// A contiguous vector of integers, a copy if it has another type, kept alive for the duration of the call.
+template <class Integer>
+class Integers {
  public:
-  explicit Indices(const OptionalTensor& x) {
-    if (x) tensor_ = torch::stable::to(torch::stable::contiguous(*x), ScalarType::Long);
+  explicit Integers(const OptionalTensor& x) {
+    if (x) tensor_ = torch::stable::to(torch::stable::contiguous(*x), TYPE);
   }
-  operator const int64_t*() const { return tensor_ ? static_cast<const int64_t*>(tensor_->data_ptr()) : nullptr; }
+  operator const Integer*() const { return tensor_ ? static_cast<const Integer*>(tensor_->data_ptr()) : nullptr; }
 
  private:
+  static constexpr ScalarType TYPE = sizeof(Integer) == 4 ? ScalarType::Int : ScalarType::Long;
   OptionalTensor tensor_;
 };
+
+using Indices = Integers<int64_t>;
+using Offsets = Integers<int32_t>;  // of the sequences in a packed batch
 
 // The dropout arguments of an operation, as the kernels support them.
 class Mask {

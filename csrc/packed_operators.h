@@ -125,7 +125,7 @@ class PackedLayer {
     const Rows activated = memory.rows(5, inner, options_.intermediate);
     float* const statistics = memory.floats(6);
     qkv_(residual, tokens, Epilogue::none, qkv);
-    attend(qkv, Indices(cu_seqlens), cu_seqlens.size(0) - 1, context.data, memory.floats(2));
+    attend(qkv, Offsets(cu_seqlens), cu_seqlens.size(0) - 1, context.data, memory.floats(2));
     if (kept) {
       const Indices indices(kept);
       Rows at_rows = memory.rows(7, attention, columns_);
@@ -169,7 +169,7 @@ class PackedLayer {
     return weights.data() + index * Packed::TENSORS;
   }
 
-  void attend(const Rows& qkv, const int64_t* starts, int64_t sequences, void* context, float* lse) const {
+  void attend(const Rows& qkv, const int32_t* starts, int64_t sequences, void* context, float* lse) const {
     AttentionForward a{};
     a.capacity = hidden_.size(0), a.heads = (int)options_.heads, a.head_dim = (int)options_.head_dim;
     a.sequences = (int)sequences, a.cu_seqlens = starts, a.num_tokens = starts[sequences];

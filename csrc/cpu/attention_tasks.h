@@ -9,7 +9,7 @@ namespace bertfast {
 
 // Return the tasks, longest first, for threads that each take the next one. A task is several heads of a short
 // sequence, or part of one head where a whole head would outlast the other threads' work.
-inline std::vector<AttentionTask> attention_tasks(const int64_t* cu_seqlens, int sequences, int heads, int64_t window,
+inline std::vector<AttentionTask> attention_tasks(const int32_t* cu_seqlens, int sequences, int heads, int64_t window,
                                                   int threads, bool backward) {
   std::vector<AttentionTask> whole;
   for (int sequence = 0; sequence < sequences; ++sequence) {

@@ -33,7 +33,7 @@ struct WorkTile {
 
 // Enumerates the work tiles. The head varies fastest, so that neighbouring blocks read neighbouring memory.
 struct TileScheduler {
-  const int64_t* cu_seqlens;
+  const int32_t* cu_seqlens;
   int sequences, heads;
   int count;
   bool whole;  // a work tile is a whole sequence; else at most BLOCK tokens of it

@@ -72,8 +72,8 @@ def test_tensors_need_not_be_aligned(offset):
 )  # a work tile is a whole sequence, or a block found by bisection
 def test_without_sequences_cu_seqlens_is_not_read_past_its_end(max_seqlen_bound):
     unused_slots = Sequences.from_lengths([], capacity=300, max_seqlen_bound=max_seqlen_bound, device=DEVICE)
-    # cu_seqlens ends at a guard page; it is int64, which the kernels read without a copy.
-    starts = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    # cu_seqlens ends at a guard page; it is int32, which the kernels read without a copy.
+    starts = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     if DEVICE.type == "cpu":
         starts = guarded(starts)
     x = normal(300, 3, 2, 32, dtype=HIGHEST_PRECISION, device=DEVICE).detach()
