@@ -32,9 +32,11 @@ struct AttentionInputs {
   int heads, head_dim;
   int sequences, max_seqlen_bound;  // no sequence is longer than the bound
   const int32_t* cu_seqlens;        // [sequences + 1]
-  const void* qkv;                  // [T, 3, A, D]
-  Type type;                        // of every tensor except the statistics
-  int64_t stride;                   // elements from one token of qkv to the next
+  // GPU only, [sequences + 1, 4]: sequence, first token, length and 0, the longest first; null: as in the batch.
+  const int32_t* table;
+  const void* qkv;  // [T, 3, A, D]
+  Type type;        // of every tensor except the statistics
+  int64_t stride;   // elements from one token of qkv to the next
   float scale;
   bool causal;
   int window;

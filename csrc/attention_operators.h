@@ -34,13 +34,13 @@ static Tensor in_tokens(const Tensor& qkv) {
 template <class Device>
 class AttentionCall {
  public:
-  AttentionCall(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& sequence_ids, int64_t max_seqlen_bound,
-                double scale, bool causal, std::optional<int64_t> window, const OptionalTensor& seed,
-                int64_t counter_word, int64_t threshold, bool backward)
-      : qkv_(in_tokens<Device>(qkv)), starts_(cu_seqlens), sequence_ids_(sequence_ids) {
+  AttentionCall(const Tensor& qkv, const Tensor& cu_seqlens, const Tensor& sequence_ids, const OptionalTensor& table,
+                int64_t max_seqlen_bound, double scale, bool causal, std::optional<int64_t> window,
+                const OptionalTensor& seed, int64_t counter_word, int64_t threshold, bool backward)
+      : qkv_(in_tokens<Device>(qkv)), starts_(cu_seqlens), table_(table), sequence_ids_(sequence_ids) {
     inputs_.capacity = qkv.size(0), inputs_.heads = (int)qkv.size(2), inputs_.head_dim = (int)qkv.size(3);
     inputs_.sequences = (int)cu_seqlens.size(0) - 1, inputs_.max_seqlen_bound = (int)max_seqlen_bound,
-    inputs_.cu_seqlens = starts_;
+    inputs_.cu_seqlens = starts_, inputs_.table = table_;
     inputs_.qkv = qkv_.data_ptr(), inputs_.type = type_of(qkv_), inputs_.stride = qkv_.stride(0);
     inputs_.scale = (float)scale, inputs_.causal = causal;
     inputs_.window = (int)std::min<int64_t>(window.value_or(NO_WINDOW), NO_WINDOW);
@@ -58,7 +58,7 @@ class AttentionCall {
 
  private:
   Tensor qkv_;
-  Offsets starts_;
+  Offsets starts_, table_;
   Indices sequence_ids_;
   std::vector<AttentionTask> tasks_;
   AttentionInputs inputs_{};
@@ -66,11 +66,11 @@ class AttentionCall {
 
 template <class Device>
 static std::tuple<Tensor, Tensor> attention_forward(Tensor qkv, Tensor cu_seqlens, Tensor sequence_ids,
-                                                    OptionalTensor /*tile_table*/, int64_t max_seqlen_bound,
-                                                    double scale, bool causal, std::optional<int64_t> window,
-                                                    OptionalTensor seed, int64_t counter_word, int64_t threshold) {
-  const AttentionCall<Device> call(qkv, cu_seqlens, sequence_ids, max_seqlen_bound, scale, causal, window, seed,
-                                   counter_word, threshold, false);
+                                                    OptionalTensor tile_table, int64_t max_seqlen_bound, double scale,
+                                                    bool causal, std::optional<int64_t> window, OptionalTensor seed,
+                                                    int64_t counter_word, int64_t threshold) {
+  const AttentionCall<Device> call(qkv, cu_seqlens, sequence_ids, tile_table, max_seqlen_bound, scale, causal, window,
+                                   seed, counter_word, threshold, false);
   Tensor o = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(2), qkv.size(3)});
   Tensor lse = new_floats(qkv, {qkv.size(2), qkv.size(0)});
   RUN(attention_forward, qkv, AttentionForward{call, o.data_ptr(), floats(lse)});
@@ -79,11 +79,11 @@ static std::tuple<Tensor, Tensor> attention_forward(Tensor qkv, Tensor cu_seqlen
 
 template <class Device>
 static Tensor attention_backward(Tensor d_o, Tensor qkv, Tensor o, Tensor lse, Tensor cu_seqlens, Tensor sequence_ids,
-                                 OptionalTensor /*tile_table*/, int64_t max_seqlen_bound, double scale, bool causal,
+                                 OptionalTensor tile_table, int64_t max_seqlen_bound, double scale, bool causal,
                                  std::optional<int64_t> window, OptionalTensor seed, int64_t counter_word,
                                  int64_t threshold) {
-  const AttentionCall<Device> call(qkv, cu_seqlens, sequence_ids, max_seqlen_bound, scale, causal, window, seed,
-                                   counter_word, threshold, true);
+  const AttentionCall<Device> call(qkv, cu_seqlens, sequence_ids, tile_table, max_seqlen_bound, scale, causal, window,
+                                   seed, counter_word, threshold, true);
   d_o = dense<Device>(d_o), o = dense<Device>(o);
   Tensor d_qkv = torch::stable::new_empty(qkv, {qkv.size(0), 3, qkv.size(2), qkv.size(3)});
   Tensor delta = new_floats(qkv, {Device::on_gpu ? qkv.size(2) : 0, qkv.size(0)});

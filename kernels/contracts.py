@@ -104,7 +104,10 @@ def attention_forward(
     counter_word: int,
     threshold: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return o [T, A, D] and the log-sum-exp of the scores, fp32 [A, T]; `sequence_ids` is int64 [S] here."""
+    """Return o [T, A, D] and the log-sum-exp of the scores, fp32 [A, T].
+
+    `sequence_ids` is int64 [S] here. `tile_table` is that of `Sequences`; for CUDA C++, its `sequence_table` or None.
+    """
     tokens, _, heads, head_dimension = qkv.shape
     return qkv.new_empty((tokens, heads, head_dimension)), qkv.new_empty((heads, tokens), dtype=torch.float32)
 

@@ -80,7 +80,7 @@ def attention(
         compute = reference.attention if requested == "reference" else attention_fallback.attention
         return compute(qkv, packed, scale, causal, window, dropout)
     seed, _, _, *mask = kernel_arguments(dropout)
-    table = packed.tile_table if implementation == "triton" else None
+    table = _work_table(implementation, packed)
     options = (packed.max_seqlen_bound, scale, causal, window)
     o: Tensor = run(
         Attention, implementation, qkv, packed.cu_seqlens, packed.sequence_ids, table, *options, seed, *mask
@@ -110,6 +110,13 @@ def _whole_sequences(sequences: Tensor | list[int] | tuple[int, ...], qkv: Tenso
     rule = f"attention: the sequences must cover all {len(qkv)} tokens of qkv (pass Sequences if some are padding)"
     require(end == len(qkv), rule, lambda: end)
     return result
+
+
+def _work_table(implementation: Implementation, sequences: Sequences) -> Tensor | None:
+    """Return the table from which kernels on a GPU take their work."""
+    if implementation == "triton":
+        return sequences.tile_table
+    return sequences.sequence_table if implementation == "cuda" else None
 
 
 def _unsupported_reason(qkv: Tensor, scale: float) -> str | None:

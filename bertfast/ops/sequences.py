@@ -165,6 +165,12 @@ class Sequences:
         """int32 [N + 1, 4]: the tiles of the attention kernels; see `bertfast.kernels.attention_tiles.tile_table`."""
         return tile_table(self.cu_seqlens, self.capacity, self.max_seqlen_bound)
 
+    @_CachedProperty
+    def sequence_table(self) -> Tensor:
+        """int32 [S + 1, 4]: a table like `tile_table` with one tile per sequence, which CUDA C++ attention takes."""
+        bound = max(self.max_seqlen_bound, 1)
+        return tile_table(self.cu_seqlens, self.capacity, bound, tile_rows=bound)
+
     @property
     def on_host(self) -> bool:
         """Whether `lengths` can be read without waiting for a device."""

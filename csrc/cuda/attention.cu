@@ -47,8 +47,8 @@ DEVICE void load_work(ForwardMemory<D>& memory, const TileScheduler& scheduler, 
                       const CUtensorMap* map) {
   using Memory = ForwardMemory<D>;
   int tiles = 0, rounds = 0;  // loaded so far
-  for (int index = (int)blockIdx.x; index < scheduler.count; index += (int)gridDim.x) {
-    const WorkTile work = scheduler[index];
+  for (int turn = 0; scheduler.has(turn); ++turn) {
+    const WorkTile work = scheduler[turn];
     if (work.is_empty()) continue;
     const ForwardPlan plan(work, AttentionMask(a, work.length));
     const auto load_queries = [&](int round) {
@@ -121,8 +121,8 @@ class QueryConsumer {
       : memory_(memory), scheduler_(scheduler), a_(a), consumer_(consumer_index()) {}
 
   DEVICE void run() {
-    for (int index = (int)blockIdx.x; index < scheduler_.count; index += (int)gridDim.x) {
-      const WorkTile work = scheduler_[index];
+    for (int turn = 0; scheduler_.has(turn); ++turn) {
+      const WorkTile work = scheduler_[turn];
       if (work.is_empty()) continue;
       const AttentionMask mask(a_, work.length);
       const ForwardPlan plan(work, mask);

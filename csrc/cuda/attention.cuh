@@ -31,9 +31,12 @@ struct WorkTile {
   DEVICE bool is_empty() const { return first >= end; }
 };
 
-// Enumerates the work tiles. The head varies fastest, so that neighbouring blocks read neighbouring memory.
+// Assigns the work tiles to blocks, which take one each per turn. The head varies fastest, so that neighbouring blocks
+// read neighbouring memory. Whole sequences come in the order of the table, the longest first, and every other turn
+// runs backwards: the blocks with the longer tiles of one turn get the shorter ones of the next.
 struct TileScheduler {
   const int32_t* cu_seqlens;
+  const Words4* table;
   int sequences, heads;
   int count;
   bool whole;  // a work tile is a whole sequence; else at most BLOCK tokens of it
@@ -42,11 +45,19 @@ struct TileScheduler {
     // Sequence s owns the blocks from cu_seqlens[s] / BLOCK + s on, which leaves enough for all sequences before it.
     // Without sequences there are no work tiles, even with padding slots: the bisection would read past cu_seqlens.
     const int64_t blocks = whole || a.sequences == 0 ? a.sequences : a.capacity / BLOCK + a.sequences;
-    return {a.cu_seqlens, a.sequences, a.heads, (int)(blocks * a.heads), whole};
+    return {a.cu_seqlens, (const Words4*)a.table, a.sequences, a.heads, (int)(blocks * a.heads), whole};
   }
 
-  DEVICE WorkTile operator[](int index) const {
-    const int block = index / heads, head = index % heads;
+  // Whether the calling block has a work tile in its turn.
+  DEVICE bool has(int turn) const { return index_in(turn) < count; }
+
+  DEVICE WorkTile operator[](int turn) const {
+    const int block = index_in(turn) / heads, head = index_in(turn) % heads;
+    if (whole && table != nullptr) {
+      const Words4 row = table[block];
+      const int length = (int)row.word[2];
+      return {(int)row.word[1], (int)row.word[0], length, head, (int)row.word[3], length};
+    }
     if (whole) {
       const int64_t start = cu_seqlens[block];
       const int length = (int)(cu_seqlens[block + 1] - start);
@@ -62,6 +73,12 @@ struct TileScheduler {
     const int length = (int)(cu_seqlens[low + 1] - start);
     const int first = (block - (int)(start / BLOCK) - low) * BLOCK;
     return {start, low, length, head, first, first + BLOCK < length ? first + BLOCK : length};
+  }
+
+ private:
+  DEVICE int index_in(int turn) const {
+    const int blocks = (int)gridDim.x, block = (int)blockIdx.x;
+    return turn * blocks + (turn % 2 == 0 ? block : blocks - 1 - block);
   }
 };
 

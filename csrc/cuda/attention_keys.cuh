@@ -46,8 +46,8 @@ DEVICE void load_work(KeyMemory<D, MAX_SEQLEN>& memory, const TileScheduler& sch
                       const CUtensorMap* qkv, const CUtensorMap* d_o) {
   using Memory = KeyMemory<D, MAX_SEQLEN>;
   int blocks = 0, steps = 0;  // loaded so far
-  for (int index = (int)blockIdx.x; index < scheduler.count; index += (int)gridDim.x) {
-    const WorkTile work = scheduler[index];
+  for (int turn = 0; scheduler.has(turn); ++turn) {
+    const WorkTile work = scheduler[turn];
     const AttentionMask mask(a, work.length);
     for (int key = work.first; key < work.end; key += BLOCK, ++blocks) {
       const int key_stage = blocks % Memory::KEY_STAGES;
@@ -77,8 +77,8 @@ class KeyConsumer {
       : memory_(memory), scheduler_(scheduler), a_(a), consumer_(consumer_index()) {}
 
   DEVICE void run() {
-    for (int index = (int)blockIdx.x; index < scheduler_.count; index += (int)gridDim.x) {
-      const WorkTile work = scheduler_[index];
+    for (int turn = 0; scheduler_.has(turn); ++turn) {
+      const WorkTile work = scheduler_[turn];
       for (int key = work.first; key < work.end; key += BLOCK, ++blocks_) differentiate(work, key);
     }
   }

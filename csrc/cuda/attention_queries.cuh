@@ -18,8 +18,8 @@ DEVICE void load_work(QueryMemory<D>& memory, const TileScheduler& scheduler, co
                       const CUtensorMap* qkv, const CUtensorMap* d_o) {
   using Memory = QueryMemory<D>;
   int loaded = 0, tiles = 0;  // work tiles and key tiles so far
-  for (int index = (int)blockIdx.x; index < scheduler.count; index += (int)gridDim.x) {
-    const WorkTile work = scheduler[index];
+  for (int turn = 0; scheduler.has(turn); ++turn) {
+    const WorkTile work = scheduler[turn];
     if (work.is_empty()) continue;
     const AttentionMask mask(a, work.length);
     wait(&memory.q_empty, (loaded++ + 1) % 2);
@@ -66,8 +66,8 @@ DEVICE void differentiate_queries(QueryMemory<D>& memory, const TileScheduler& s
   const int consumer = consumer_index();
   const float scale = a.scale * LOG2_E;
   int done = 0, tiles = 0;  // work tiles and key tiles so far
-  for (int index = (int)blockIdx.x; index < scheduler.count; index += (int)gridDim.x) {
-    const WorkTile work = scheduler[index];
+  for (int turn = 0; scheduler.has(turn); ++turn) {
+    const WorkTile work = scheduler[turn];
     if (work.is_empty()) continue;
     const AttentionMask mask(a, work.length);
     const AttentionDropoutMask<true> dropout_mask(a.dropout, work.sequence, work.head);

@@ -82,3 +82,19 @@ def test_without_sequences_cu_seqlens_is_not_read_past_its_end(max_seqlen_bound)
     d_x = operator(KERNELS, "attention_backward")(torch.ones_like(o), x, o, lse, *arguments)
     assert not o.any()
     assert not d_x.any()
+
+
+@pytest.mark.parametrize("bound", [128, 1024])  # of whole sequences, and of blocks of them, which have their own order
+def test_results_do_not_depend_on_the_order_of_the_sequences(bound):
+    sequences = Sequences.from_lengths([33, 20, 64, 0, 128], capacity=300, max_seqlen_bound=bound, device=DEVICE)
+    x = normal(300, 3, 2, 32, dtype=HIGHEST_PRECISION, device=DEVICE).detach()
+
+    def results(table):
+        arguments = (sequences.cu_seqlens, sequences.sequence_ids, table, bound, 0.1, False, None, None, 0, 0)
+        o, lse = operator(KERNELS, "attention_forward")(x, *arguments)
+        return o, operator(KERNELS, "attention_backward")(torch.ones_like(o), x, o, lse, *arguments)
+
+    unordered = results(None)
+    for table in (sequences.sequence_table, sequences.sequence_table.flip(0)[1:].contiguous()):
+        for result, expected in zip(results(table), unordered, strict=True):
+            assert torch.equal(result, expected)

@@ -48,6 +48,14 @@ def test_tokens_have_the_id_of_their_sequence():
     assert sequences.token_sequence_ids.dtype == torch.int64
 
 
+def test_the_sequence_table_has_the_longest_first_and_empty_ones_without_rows():
+    table = Sequences.from_lengths([5, 0, 7, 9], capacity=23).sequence_table.tolist()
+    assert table[:3] == [[3, 12, 9, 0], [2, 5, 7, 0], [0, 0, 5, 0]]
+    assert len(table) == 5
+    assert table[3][3] >= table[3][2]  # its first row is beyond its end
+    assert Sequences.from_lengths([]).sequence_table.shape == (1, 4)
+
+
 def test_no_sequence_at_all():
     for sequences in (Sequences.from_lengths([]), Sequences.from_lengths([], capacity=4)):
         assert (len(sequences), sequences.num_tokens, sequences.max_seqlen) == (0, 0, 0)
