@@ -59,7 +59,7 @@ def open_model(run: Finetuning, folder: Path) -> SentenceModel:
     """Return sentence-transformers' model with the weights of a run, which are written to a folder."""
     save(run.model, folder)
     copy_tokenizer(run.tokenizer, run.source, folder)
-    run.task.write_folder(folder)
+    run.task.write_folder(folder, adapted=False)
     if isinstance(run.task, EmbeddingTask):
         return SentenceTransformer(str(folder), device="cpu")
     reranker: CrossEncoder = CrossEncoder(str(folder), device="cpu", max_length=run.task.max_length())
