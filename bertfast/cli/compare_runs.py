@@ -16,14 +16,16 @@ from bertfast.runtime.extras import install_command
 from bertfast.runtime.output_folder import FileRecord, Record, read_record
 from bertfast.runtime.plotting import require_png
 from bertfast.runtime.settings import Settings, counted
-from bertfast.training.finetune_folder import RUN
+from bertfast.training.checkpoint import CHECKPOINTS
+from bertfast.training.finetune_folder import RUN, SWEEP_RUNGS
+from bertfast.training.finetune_model import score_of
 from bertfast.training.metrics_log import Entry, read_entries
 from bertfast.training.pretrain_checkpointing import is_finished
 from bertfast.training.report_plots import Curves, draw_curves
 
 _LOSSES = {"finetune": "loss", "pretrain": "masked_lm_loss"}  # by command: entry with the training loss
 _MACHINE = ("device", "precision", "processes")  # entries of run.json on how a run was computed
-_HASH, _DIGITS = re.compile("[0-9a-f]{64}"), 8  # of SHA-256, of which so many digits are shown
+_HASH, _DIGITS = re.compile("[0-9a-f]{64}"), 8  # of SHA-256, of which this number of digits are shown
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class ComparedRun:
             metric = f"eval_{run['metric_for_best_model']}" if "metric_for_best_model" in run else next(evaluated, "")
         finished = bool(run) if finetuned else is_finished(folder)
         if not entries and not finished:
+            if (folder / SWEEP_RUNGS).exists() and not (folder / CHECKPOINTS).exists():
+                raise ValueError(
+                    f"{name} has no metrics: successive halving dropped it before a step was logged; its score is in "
+                    "sweep.md of the sweep, leave it out here"
+                )
             raise ValueError(f"{name} has no metrics yet: wait until a step has been logged, or lower --logging-steps")
         return cls(name, record["command"], finished, record, entries, metric, run)
 
@@ -100,16 +107,34 @@ class ComparedRun:
         return self.metric.removeprefix("eval_")
 
     def row(self) -> tuple[object, ...]:
-        """Return its folder, steps, last training loss, best value of its metric, and the step of that value."""
+        """Return its folder, steps, last training loss, best value of its metric, and the step of the saved model."""
         loss, results = _LOSSES[self.command], self.summary.get("results", {})
         losses = [entry[loss] for entry in self.entries if loss in entry]
         if not losses and "train_loss" in results:  # an earlier version did not log the last step
             losses = [results["train_loss"]]
         step = self.entries[-1]["step"] if self.entries else results.get("best_step", "")
-        values = [(entry[self.metric], entry["step"]) for entry in self.entries if self.metric in entry]
-        best = min if self.metric.endswith("loss") else max
-        value, at = best(values, key=lambda pair: pair[0]) if values else ("", "")
+        value, at = self._best() or ("", "")
         return self.name, f"{step}{' (unfinished)' * (not self.finished)}", losses[-1] if losses else "", value, at
+
+    def _best(self) -> tuple[float, float] | None:
+        """Return the metric of the saved model and its step; None: nothing has been measured."""
+        measured = [entry for entry in self.entries if self.metric in entry]
+        if not measured:
+            return None
+        saved = self.summary.get("results", {}).get("best_step")
+        if at_saved := [entry for entry in measured if entry["step"] == saved]:
+            best = at_saved[-1]
+        elif self.command == "finetune":  # the rule by which a run chooses, in which the loss decides between equals
+            best = max(measured, key=lambda entry: score_of(entry, self.decides))
+        else:
+            best = min(measured, key=lambda entry: entry[self.metric])
+        return best[self.metric], best["step"]
+
+    def settings(self) -> dict[str, object]:
+        """Return its settings by flag, without a number of epochs that --max-steps overrides."""
+        settings = self.record["settings"]
+        unused = ["--num-train-epochs"] if settings.get("--max-steps") else []
+        return {name: value for name, value in settings.items() if name not in unused}
 
 
 def compare(settings: CompareSettings) -> None:
@@ -153,7 +178,7 @@ def _results(runs: Sequence[ComparedRun]) -> str:
 
 def _differences(runs: Sequence[ComparedRun]) -> list[tuple[str, ...]]:
     """Return what differs in inputs, settings and devices: its name, and the value of each run."""
-    settings = [{name: _shown(value) for name, value in run.record["settings"].items()} for run in runs]
+    settings = [{name: _cell(value) for name, value in run.settings().items()} for run in runs]
     machines = [{name: str(run.summary[name]) for name in _MACHINE if name in run.summary} for run in runs]
     return [*_different_inputs(runs), *_different(settings, "null"), *_different(machines, "unknown")]
 
@@ -205,7 +230,7 @@ def _name_of_model(folder: Path) -> str:
     return folder.name
 
 
-def _shown(value: object) -> str:
+def _cell(value: object) -> str:
     """Return a value of a setting for the table, in JSON; of a hash, the first digits."""
     if isinstance(value, str) and _HASH.fullmatch(value):
         return value[:_DIGITS]

@@ -40,7 +40,7 @@ class ArrivingInput:
     def read1(self, size: int) -> bytes:
         """Read what has been received, or else a block, of at most `size` bytes; empty: the stream has ended.
 
-        What reads blocks keeps lines of its own, so from now on all lines count as arrived.
+        A caller that reads blocks splits them into lines itself: from now on, `line_arrives` returns True at once.
         """
         self._in_blocks = True
         if not self._received:

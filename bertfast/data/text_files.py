@@ -115,7 +115,7 @@ def read_arriving_lines(most: int, least: int = 1) -> Iterator[list[tuple[int, s
 
     Args:
         most: Lines of a full group.
-        least: Lines of the first group, if there are so many.
+        least: Lines of the first group, or all of them if there are fewer.
 
     Raises:
         ValueError: See `read_standard_input`.

@@ -40,7 +40,7 @@ def require_own_precision(model: PreTrainedModel, precision: InferencePrecision)
 
 
 def examples_to_begin(model: PreTrainedModel, precision: InferencePrecision) -> int:
-    """Return how many lines of standard input, if there are so many, a program reads before it runs a model.
+    """Return how many lines of standard input a program reads before it runs a model; fewer if the input ends.
 
     These are the ones on which it is calibrated for int8, which must not depend on how fast they arrive.
     """

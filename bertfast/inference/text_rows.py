@@ -60,7 +60,7 @@ def read_row_groups(settings: EmbedSettings, most: int, least: int) -> Iterator[
     Args:
         settings: What to read.
         most: Rows of a full group.
-        least: Rows of the first group of standard input, if there are so many.
+        least: Rows of the first group of standard input, or all of them if there are fewer.
     """
     if settings.input_file in (None, "-"):
         yield from ([*_rows_of_lines(lines)] for lines in read_arriving_lines(most, least))

@@ -43,14 +43,31 @@ def most_similar(
         if not found.isfinite().all():
             rows = f"{first + 1} to {first + len(vectors)}"
             raise ValueError(f"{source}: vectors are not finite in rows {rows}; embed the texts again")
-        best, columns = found.topk(min(k, len(vectors)), dim=1)
-        scores, indices = torch.cat([scores, best], 1), torch.cat([indices, columns + first], 1)
+        columns = _best_columns(found, k)
+        scores, indices = torch.cat([scores, found.gather(1, columns)], 1), torch.cat([indices, columns + first], 1)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         scores, indices = scores[:, :k], indices.gather(1, order[:, :k])
         first += len(vectors)
-    indices, order = indices.sort(dim=1)
-    scores, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return scores, indices.gather(1, order)
+    return scores, indices
+
+
+def _best_columns(scores: Tensor, k: int) -> Tensor:
+    """Return the columns of the k highest scores of each row, ascending, int64 [Q, K]; of equal scores, the first.
+
+    Args:
+        scores: fp32 [Q, C].
+        k: Columns per row; all are returned if there are fewer.
+    """
+    width = scores.shape[1]
+    best, columns = scores.topk(min(k + 1, width), dim=1)
+    if k < width:
+        # `topk` chooses arbitrarily between scores that are equal at the cut.
+        is_cut_within_equals = best[:, k - 1] == best[:, k]
+        columns = columns[:, :k]
+        if is_cut_within_equals.any():
+            order = scores[is_cut_within_equals].sort(dim=1, descending=True, stable=True)[1]
+            columns[is_cut_within_equals] = order[:, :k]
+    return columns.sort(dim=1)[0]
 
 
 def _norms(vectors: Tensor) -> Tensor:

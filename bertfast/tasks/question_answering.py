@@ -305,7 +305,7 @@ def _windows(
         offsets: int64 [n, 2], start and end in characters of the context's tokens.
         prefix: Tokens before the context.
         room: Tokens of the context that fit into a window after this question.
-        stride: Tokens between the starts of two windows, if there is room for so many.
+        stride: Tokens between the starts of two windows, or fewer if a window has less room.
     """
     spans = window_spans(len(offsets), room, min(stride, room))
     best = max_context_windows(spans, len(offsets))

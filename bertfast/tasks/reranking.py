@@ -89,11 +89,11 @@ class RerankingTask(Task[RankedPairs]):
         if not len(pairs):
             raise ValueError(f"{path} has no usable rows")
         if labelled:
-            self._require_own_labels(table)
+            self._refuse_unused_max_score(table)
             self.ranks = {*(pairs.labels or [])} <= {0.0, 1.0} and _has_rankings(pairs)
         return pairs
 
-    def _require_own_labels(self, table: Table) -> None:
+    def _refuse_unused_max_score(self, table: Table) -> None:
         """Raise ValueError if --max-score is given and columns say which documents are labelled 1."""
         positive = positive_column(table, self.settings.columns)
         if positive is not None and "--max-score" in given(self.settings.embedding):

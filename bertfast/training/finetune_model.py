@@ -34,7 +34,7 @@ from bertfast.training.optimizer import build_optimizers
 logger = logging.getLogger("bertfast")
 
 # Tasks that are not known by the class of their models, which sentence-transformers opens.
-_OWN_TASKS = ("embedding", "reranking")
+_RECORDED_TASKS = ("embedding", "reranking")
 
 
 def finetuning_task(settings: FinetuneSettings) -> Task[Any]:
@@ -62,7 +62,7 @@ def score_of(metrics: dict[str, float], metric: str) -> tuple[float, float]:
     """Return how good a model is, more is better: its metric, negative for the loss, and its negative loss.
 
     The loss decides between models with the same metric. Tasks without a loss on validation data have 0. A metric that
-    is undefined, and lacks in `metrics`, is worse than any other.
+    is undefined, and so missing from `metrics`, is worse than any other.
 
     Args:
         metrics: Metrics of the validation, such as eval_accuracy.
@@ -97,7 +97,7 @@ def model_config(settings: FinetuneSettings, source: Path, labels: dict[str, Any
         labels |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
     if settings.task != "auto":
         labels |= {FINETUNING_TASK: settings.task}
-    elif FINETUNING_TASK not in labels and getattr(old, FINETUNING_TASK, None) in _OWN_TASKS:
+    elif FINETUNING_TASK not in labels and getattr(old, FINETUNING_TASK, None) in _RECORDED_TASKS:
         labels |= {FINETUNING_TASK: None}  # else the new model would be taken for one of these
     if settings.model.bilstm:
         labels |= {"bilstm": True}
@@ -175,7 +175,7 @@ def _add_adapter(settings: FinetuneSettings, model: PreTrainedModel, missing: li
         alpha=2 * options.lora_rank if options.lora_alpha is None else options.lora_alpha,
         dropout=options.lora_dropout,
         targets=options.lora_target_modules,
-        config_file=ADAPTED_CONFIG if getattr(model.config, FINETUNING_TASK, None) in _OWN_TASKS else CONFIG,
+        config_file=ADAPTED_CONFIG if getattr(model.config, FINETUNING_TASK, None) in _RECORDED_TASKS else CONFIG,
     )
     trained = sum(x.numel() for x in model.parameters() if x.requires_grad)
     every = sum(x.numel() for x in model.parameters())

@@ -168,10 +168,10 @@ class SampleSettings(Settings):
     """Parts of the data, for quick trials.
 
     Attributes:
-        max_train_samples: Use only so many examples, the first, of --train-file; its labels are those of all. In lists
-            of documents, each document counts.
-        max_eval_samples: Use only so many examples, the first, of --validation-file.
-        max_predict_samples: Use only so many examples, the first, of --test-file.
+        max_train_samples: Use only this number of examples, the first, of --train-file; its labels are those of all. In
+            lists of documents, each document counts.
+        max_eval_samples: Use only this number of examples, the first, of --validation-file.
+        max_predict_samples: Use only this number of examples, the first, of --test-file.
     """
 
     max_train_samples: Count | None = None

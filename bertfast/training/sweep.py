@@ -142,7 +142,8 @@ def _check_runs(runs: list[FinetuneSettings], *, overwrite: bool) -> None:
     opened = Finetuning(runs[0]) if overwrite else RunData.open(runs[0])
     for run in runs:
         values = run.hyperparameters
-        name = f"the run with batch {values.per_device_train_batch_size} and {exactly(values.num_train_epochs)} epochs"
+        epochs = f"{exactly(values.num_train_epochs)} epoch{'s' * (values.num_train_epochs != 1)}"
+        name = f"the run with batch {values.per_device_train_batch_size} and {epochs}"
         RunLength.of(run, len(opened.features["train"]), run=name, longer="--epochs")
 
 

@@ -216,6 +216,32 @@ def test_a_run_that_is_not_finished_is_said_to_be(tmp_path, compared):
     assert lines[2].split() == ["b", "4", "0.5", "0.75", "4"]
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_step_is_that_of_the_saved_model_for_which_the_loss_decides_between_equals(finished, tmp_path, compared):
+    measured = [(2, 0.75, 0.6), (4, 0.75, 0.5), (6, 0.5, 0.1)]
+    entries = [{"step": step, "loss": 0.5, "eval_accuracy": score, "eval_loss": loss} for step, score, loss in measured]
+    write_run(tmp_path / "a", finished=finished, entries=entries, results={"best_step": 4})
+    assert compared("a")[1].split()[-2:] == ["0.75", "4"]
+
+
+def test_epochs_that_the_number_of_steps_overrides_are_not_compared(tmp_path, compared):
+    write_run(tmp_path / "a", settings={"--max-steps": 5, "--num-train-epochs": 3.0})
+    write_run(tmp_path / "b", settings={"--max-steps": 5, "--num-train-epochs": 2.0})
+    write_run(tmp_path / "c", settings={"--max-steps": None, "--num-train-epochs": 2.0})
+    assert not any("--" in line for line in compared("a", "b"))
+    assert "--num-train-epochs null 2.0" in [" ".join(line.split()) for line in compared("a", "c")]
+
+
+def test_a_run_that_halving_dropped_before_it_logged_is_said_to_be(tmp_path, capsys):
+    write_run(tmp_path / "a", finished=False, entries=[])
+    (tmp_path / "a" / "sweep_rungs.json").write_text("{}")
+    assert main(["compare", str(tmp_path / "a")]) == 1
+    assert "a has no metrics: successive halving dropped it before a step was logged" in capsys.readouterr().err
+    (tmp_path / "a" / "checkpoints").mkdir()  # it is only paused
+    assert main(["compare", str(tmp_path / "a")]) == 1
+    assert "a has no metrics yet: wait" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_metric_of_a_run_that_was_stopped_is_the_one_that_decides(pretrained, tmp_path, compared):
     file = write_examples(tmp_path, "token-classification", 48, seed=0)

@@ -97,7 +97,7 @@ def test_a_part_of_another_sweep_is_refused(pretrained, tmp_path, capsys):
 
 def test_the_warm_up_of_every_run_is_checked_before_the_first(pretrained, tmp_path):
     settings = settings_for(pretrained, tmp_path, batch_sizes=[4, 16], epochs=[2.0, 1.0], warmup_steps=5)
-    message = "--warmup-steps 5 is more than the 3 steps of the run with batch 16 and 1 epochs: lower it, or raise --ep"
+    message = "--warmup-steps 5 is more than the 3 steps of the run with batch 16 and 1 epoch: lower it, or raise --ep"
     with pytest.raises(ValueError, match=message):
         sweep(settings)
     assert not (tmp_path / "out").exists()
