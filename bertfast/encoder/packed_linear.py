@@ -34,12 +34,21 @@ class PackedLinear(nn.Module):
         packed: The weight.
         group: A weight that `packed` is a part of, which other layers of the same input share; None: none.
         first: The row of `group` with which `packed` begins.
+        dtype: Dtype of the weight before it was packed, in which it is saved; None: that of the packed one.
     """
 
-    def __init__(self, packed: PackedWeight, group: PackedWeight | None = None, first: int = 0) -> None:
+    def __init__(
+        self,
+        packed: PackedWeight,
+        group: PackedWeight | None = None,
+        first: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.packed = packed
         self.group, self.first = group, first
+        is_floating = packed.operands.is_floating_point()
+        self.dtype = dtype or (packed.operands.dtype if is_floating else torch.float32)
         self.in_features, self.out_features = packed.depth, packed.columns
         self.training = False
 
@@ -80,12 +89,27 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, weight={dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        require_unchanged(fn)
+        require_unchanged(fn, self)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickle would store the whole group once more with each of its parts.
+        state = self.__dict__.copy()
+        if self.group is not None:
+            del state["packed"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.group is not None:
+            self.packed = self.group.rows(self.first, self.first + self.out_features)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         packed = self.packed
-        destination[f"{prefix}{INT8_VALUES if self.is_int8 else 'weight'}"] = packed.unpacked()
+        values = packed.unpacked()
+        destination[f"{prefix}{INT8_VALUES if self.is_int8 else 'weight'}"] = (
+            values if self.is_int8 else values.to(self.dtype)
+        )
         state = {"bias": packed.bias, INT8_SCALES: packed.scales, INT8_FACTORS: packed.factors}
         # Copies, as layers of the same input share memory, which is refused where they are saved.
         destination.update({prefix + name: tensor.clone() for name, tensor in state.items() if len(tensor)})
@@ -117,9 +141,12 @@ def has_onednn_weights(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) and len(module.packed.dense) for module in model.modules())
 
 
-def require_unchanged(fn: Callable[[Tensor], Tensor]) -> None:
-    """Raise RuntimeError if a conversion of tensors changes their dtype or device."""
-    before = torch.empty(0)
-    after = fn(before)
-    if (after.dtype, after.device) != (before.dtype, before.device):
-        raise RuntimeError(FROZEN)
+def require_unchanged(fn: Callable[[Tensor], Tensor], model: nn.Module) -> None:
+    """Raise RuntimeError if a conversion of tensors changes the dtype or the device of those of a frozen model."""
+    dtypes = {module.dtype for module in model.modules() if isinstance(module, PackedLinear)}
+    dtypes |= {x.dtype for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()}
+    for dtype in dtypes:
+        before = torch.empty(0, dtype=dtype)
+        after = fn(before)
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            raise RuntimeError(FROZEN)

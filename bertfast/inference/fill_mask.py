@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from bertfast.data.special_tokens import mask_token
 from bertfast.data.text_files import STANDARD_INPUT, read_standard_input
 from bertfast.encoder import masked_lm_logits, pack
+from bertfast.inference.int8_speed import log_int8_speed
 from bertfast.inference.text_rows import no_texts
 from bertfast.models.bert import BertForMaskedLM
 from bertfast.runtime.precision import require_finite
@@ -86,6 +87,7 @@ def fill_mask_command(settings: FillMaskSettings) -> None:
             "the text is not UTF-8: a byte of it is not part of a character; check the terminal's encoding"
         )
     model, tokenizer = open_model(BertForMaskedLM, settings.model_name_or_path, True)
+    log_int8_speed(model, 16)  # about the tokens of a text
     if settings.text != "-":
         _print(settings.text, fill_mask(model, tokenizer, settings.text, settings.top_k))
         return

@@ -14,8 +14,8 @@ from bertfast.inference.int8_speed import log_int8_speed
 from bertfast.models.calls import caches_shapes
 from bertfast.models.freeze import freeze, fused_encoders
 from bertfast.models.patch import require_packed
-from bertfast.models.quantised_files import is_quantised
-from bertfast.models.quantize import quantise_model
+from bertfast.models.quantised_config import is_quantised
+from bertfast.models.quantize import Runs, quantise_model, random_tokens
 from bertfast.ops import matmul, native
 from bertfast.runtime.precision import InferencePrecision, autocast, choose_precision, half
 from bertfast.tasks.features import Buckets, Features, ModelInputs
@@ -24,6 +24,8 @@ logger = logging.getLogger("bertfast")
 
 CALIBRATION_EXAMPLES = 32
 """The number of examples, the first of a command, on which a model is calibrated for int8."""
+
+_FEW_TOKENS = 256  # different ones in these examples, below which they do not show the range of activations
 
 
 def require_own_precision(model: PreTrainedModel, precision: InferencePrecision) -> None:
@@ -74,20 +76,29 @@ def freeze_on_cpu(
 ) -> None:
     """Pack the weights of a model for the rest of a program, where that is possible and has not been done.
 
+    If int8 is slower than fp32 here, a warning says so.
+
     Args:
         model: The model, in evaluation mode.
-        requested: Its precision. In int8 it is calibrated.
+        requested: Its precision. In int8 it is calibrated on the first examples, and also on random tokens if these
+            have few, such as blank lines.
         features: The first examples of the program.
         run: Runs the model on a batch.
     """
-    if model.device.type != "cpu" or native.UNAVAILABLE_REASON is not None or is_frozen(model):
+    if model.device.type != "cpu" or native.UNAVAILABLE_REASON is not None:
+        return
+    if is_frozen(model):
+        log_int8_speed(model, int(features.lengths.sum()))
         return
     precision = choose_precision(model.device, requested, model.config)
     if precision == "int8":
         rows = np.arange(min(CALIBRATION_EXAMPLES, len(features)))
         inputs = features.model_inputs(rows, labels=False)
-        report = quantise_model(model, {f"the first {len(rows)} inputs": lambda: run(inputs)})
-        logger.info("%s runs in int8, calibrated on the first %d inputs", model.name_or_path, len(rows))
+        runs: Runs = {f"the first {len(rows)} inputs": lambda: run(inputs)}
+        if len(inputs.arguments["input_ids"].unique()) < _FEW_TOKENS:
+            runs = {**runs, **random_tokens(model)}
+        report = quantise_model(model, runs)
+        logger.info("%s runs in int8, calibrated on %s", model.name_or_path, " and ".join(runs))
         for name, why in report.left.items():
             logger.warning("%s: %s", name, why)
         log_int8_speed(model, int(features.lengths.sum()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -17,27 +18,29 @@ _MAX_SECONDS = 0.1  # after which no further round begins
 _ROUNDS = 5  # of which the shortest time counts
 _MAX_TOKENS = 512  # more do not change which one is faster
 _MAX_OPERATIONS = 5 * 10**7  # multiplications per call: a few milliseconds
+_measured: WeakSet[nn.Module] = WeakSet()
 
 
 def log_int8_speed(model: nn.Module, tokens: int) -> None:
-    """Log both times of a linear layer of a quantised model if this CPU has no dot products of int8.
+    """Log both times of a linear layer of a quantised model if this CPU has no dot products of int8, once per model.
 
-    It is a warning where int8 is slower. The measurement takes less than 0.2 s.
+    It is a warning where int8 is slower. The measurement takes less than 0.2 s. A model that is not quantised has none.
 
     Args:
         model: The model.
         tokens: Tokens of a batch; of large ones, a part is measured.
     """
     quantised = [module for module in model.modules() if isinstance(module, PackedLinear) and module.is_int8]
-    if not quantised or torch.ops.bertfast.has_quad_instruction():
+    if not quantised or model in _measured or torch.ops.bertfast.has_quad_instruction():
         return
+    _measured.add(model)
     linear = min(quantised, key=_weight_size)
     tokens = max(min(tokens, _MAX_TOKENS, _MAX_OPERATIONS // _weight_size(linear)), 1)
     int8, fp32 = seconds_of([linear.packed, pack(linear.weight)], tokens)
     logger.log(
         logging.WARNING if int8 > fp32 else logging.INFO,
         "this CPU has no dot products of int8: %d tokens through a linear layer of %d x %d take %.2f ms in int8 and "
-        "%.2f ms in fp32, so that --precision int8 is %s here than fp32",
+        "%.2f ms in fp32, so that int8 is %s here than fp32",
         *(tokens, linear.out_features, linear.in_features, 1e3 * int8, 1e3 * fp32),
         "slower" if int8 > fp32 else "faster",
     )

@@ -14,7 +14,7 @@ from bertfast.inference.frozen import require_own_precision
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import select_layers, warn_of_few_layers
 from bertfast.models.files import model_files, resolve
-from bertfast.models.quantised_files import is_quantised
+from bertfast.models.quantised_config import is_quantised
 from bertfast.models.sentence_folder import read_sentence_modules
 from bertfast.models.sentence_modules import SentenceModules
 from bertfast.tasks.columns import Text

@@ -21,7 +21,8 @@ from bertfast.models import bert, families
 from bertfast.models.adapters import base_of, merge_adapter
 from bertfast.models.config_checks import check_config, check_entries
 from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
-from bertfast.models.quantised_files import read_dequantised, restore_quantised, unmark
+from bertfast.models.quantised_config import unmark
+from bertfast.models.quantised_files import read_dequantised, restore_quantised
 from bertfast.models.weights import (
     ADAPTED_CONFIG,
     ADAPTER_CONFIG,

@@ -34,8 +34,8 @@ def freeze(model: nn.Module, precision: FrozenPrecision | None = None) -> PatchR
     """Prepare a model for inference on a CPU, in place: fuse it, and pack the weights of its encoders' layers.
 
     A frozen model computes no gradients. It refuses training mode, other weights, dtypes and devices; load it again for
-    these. It can be saved, as what it was before but for weights that `precision` has rounded. Its other modules, such
-    as heads, stay as they are, without gradients.
+    these. It can be saved, in its own dtype; weights that `precision` has rounded to bf16 stay rounded. Its other
+    modules, such as heads, stay as they are, without gradients.
 
     Args:
         model: A model of transformers, or any module that holds one; fp32 or bf16, on a CPU. One that is frozen in this
@@ -97,9 +97,13 @@ def require_freezable(model: nn.Module) -> None:
         raise ValueError(f"a model can be frozen only with the native library: {native.UNAVAILABLE_REASON}")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
-            raise ValueError(f"{name} is on {parameter.device}: frozen models run on a CPU, call model.cpu() first")
+            remedy = "load its weights" if parameter.is_meta else "call model.cpu()"
+            raise ValueError(f"{name} is on {parameter.device}: frozen models run on a CPU, {remedy} first")
         if parameter.dtype not in _DTYPES.values():
-            raise ValueError(f"{name} is {parameter.dtype}: frozen models are float32 or bfloat16, call model.float()")
+            raise ValueError(
+                f"{name} is {parameter.dtype}: frozen models are float32 or bfloat16, call model.float(), or load the "
+                "model with dtype=torch.float32"
+            )
 
 
 def replace_linears(model: nn.Module, packed: Callable[[list[nn.Linear]], PackedWeight]) -> PatchReport:
@@ -151,7 +155,8 @@ def _replace(layer: FusedLayer, paths: list[str], packed: Callable[[list[nn.Line
     group, first = packed(linears) if can_group else None, 0
     for path, linear in zip(paths, linears, strict=True):
         end = first + linear.out_features
-        module = PackedLinear(packed([linear])) if group is None else PackedLinear(group.rows(first, end), group, first)
+        weight = packed([linear]) if group is None else group.rows(first, end)
+        module = PackedLinear(weight, group, first, linear.weight.dtype)
         parent, _, name = path.rpartition(".")
         setattr(part_at(layer, parent), name, module)
         first = end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from bertfast.models.files import resolve
-from bertfast.models.quantised_files import is_quantised, read_dequantised, restore_quantised, unmark
+from bertfast.models.quantised_config import is_quantised, unmark
+from bertfast.models.quantised_files import read_dequantised, restore_quantised
 from bertfast.models.registry import FusedModel
 
 _HUB = ("cache_dir", "revision", "token", "local_files_only")
@@ -59,12 +61,15 @@ def open_quantised(
         The model; with `output_loading_info=True` a pair of it and transformers' loading information.
     """
     kwargs = {key: value for key, value in kwargs.items() if key not in (*_HUB, "subfolder", "force_download")}
-    config = kwargs.pop("config", None)
+    # As in transformers, "auto" is the dtype of the files; a configuration must not take it for its own.
+    dtypes = [kwargs.pop(key, None) for key in ("dtype", "torch_dtype")]
+    dtype = next((each for each in dtypes if each is not None), "auto")
+    config = copy.deepcopy(kwargs.pop("config", None))
     if config is None:
         config, kwargs = config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
     unmark(config)
     weights, quantised = read_dequantised(folder, str(folder), kwargs.pop("variant", None))
-    kwargs = {"dtype": "auto"} | kwargs | {"config": config, "state_dict": weights}
+    kwargs |= {"dtype": dtype, "config": config, "state_dict": weights}
     with _named_in_reports(folder):
         loaded = class_of(config).from_pretrained(None, *args, **kwargs)
     model = fuse(loaded[0] if isinstance(loaded, tuple) else loaded)

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bertfast.encoder.linear import stacked
-from bertfast.encoder.packed_linear import INT8_FACTORS, INT8_SCALES, INT8_VALUES, is_frozen
+from bertfast.encoder.packed_linear import INT8_FACTORS, INT8_SCALES, INT8_VALUES
 from bertfast.models.freeze import replace_linears, require_freezable
+from bertfast.models.quantised_config import mark
 from bertfast.models.weights import Weights, read_weights, require_floating_point
 from bertfast.ops.packed_linear import PackedWeight, dequantise, pack, packed_int8
 
-# An entry of config.json. transformers refuses to open a model with a `quantization_config` without a `quant_method`,
-# also where bertfast is not imported; with one that it does not know, it would only warn.
-_ENTRY = "quantization_config"
-_QUANTISED = {"library": "bertfast", "weights": "int8"}
-
-
-def mark(model: nn.Module) -> None:
-    """Note in the configurations of a quantised model, which are saved with it, that it is one."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and is_frozen(module):
-            setattr(module.config, _ENTRY, dict(_QUANTISED))
-
-
 Quantised = dict[str, tuple[Tensor, Tensor, Tensor | None]]
 """Values, scales and factors of quantised linear layers, see `PackedWeight`, by their names."""
-
-
-def is_quantised(config: Any) -> bool:
-    """Return whether a model with this configuration, or the dictionary of its file, is quantised by bertfast."""
-    entry = config.get(_ENTRY) if isinstance(config, dict) else getattr(config, _ENTRY, None)
-    return isinstance(entry, dict) and entry.get("library") == _QUANTISED["library"]
-
-
-def unmark(config: Any) -> None:
-    """Have transformers open the dequantised weights of a model with this configuration."""
-    if is_quantised(config):
-        delattr(config, _ENTRY)
 
 
 def read_dequantised(
@@ -66,8 +41,8 @@ def read_dequantised(
     quantised = _take_quantised(weights, name)
     if quantised and not takes_quantised:
         raise ValueError(
-            f"{name} is quantised to int8, which `bertfast predict` and `embed` run: give the model from which it was "
-            "made"
+            f"{name} is quantised to int8, which `bertfast predict`, `embed`, `search`, `fill-mask` and `evaluate "
+            "--objective task` run: give the model from which it was made"
         )
     require_floating_point(weights, name)
     damaged = next((key for key, x in weights.items() if x.is_floating_point() and not x.isfinite().all()), None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from bertfast.encoder.linear import stacked
 from bertfast.encoder.packed_linear import is_frozen
 from bertfast.models.freeze import fused_encoders, linear_groups, replace_linears, report_frozen, require_freezable
 from bertfast.models.patch import PatchReport, fusable_encoders, patch, require_module
-from bertfast.models.quantised_files import mark
+from bertfast.models.quantised_config import mark
 from bertfast.models.registry import Fused, unfuse
 from bertfast.ops.packed_linear import PackedWeight, pack, quantise
 
@@ -44,9 +45,10 @@ def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None =
     Args:
         model: A model of transformers, or any module that holds one; fp32 or bf16, on a CPU. One that is quantised
             already stays as it is.
-        calibration: A few batches of typical inputs, dictionaries of the arguments of the model's `forward`. They show
-            which channels of activations have outliers, whose range then moves to the weights. None: sequences of
-            random tokens.
+        calibration: A few batches of typical inputs, dictionaries of the arguments of the model's `forward`, or what it
+            takes as its one argument, such as what `preprocess` or `tokenize` of a SentenceTransformer returns. They
+            show which channels of activations have outliers, whose range then moves to the weights. None: sequences
+            of random tokens.
 
     Returns:
         The report, as `bertfast.report` returns it; it names linear layers that could not be quantised.
@@ -63,7 +65,7 @@ def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None =
         return report_frozen(model, "int8")
     require_freezable(model)
     if calibration is None:
-        return quantise_model(model, {"random tokens": partial(_run_on_random_tokens, model)})
+        return quantise_model(model, random_tokens(model))
     if not isinstance(calibration, Sequence) or not all(isinstance(batch, Mapping) for batch in calibration):
         raise TypeError(
             "quantize: calibration must be a list of batches, each a dictionary of the arguments of the model's "
@@ -75,12 +77,29 @@ def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None =
     batches = {f"calibration[{n}]": batch for n, batch in enumerate(calibration)}
     for name, batch in batches.items():
         _require_tensors(name, batch, vocab_size)
-    return quantise_model(model, {name: partial(model, **batch) for name, batch in batches.items()})
+    return quantise_model(model, {name: partial(_run_on_batch, model, batch) for name, batch in batches.items()})
+
+
+def random_tokens(model: nn.Module) -> Runs:
+    """Return what runs a fused model on sequences of random tokens."""
+    return {"random tokens": partial(_run_on_random_tokens, model)}
+
+
+def _run_on_batch(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    # Copies of dictionaries, as the modules of a SentenceTransformer add their results.
+    arguments = {name: dict(x) if isinstance(x, Mapping) else x for name, x in batch.items()}
+    parameters = signature(model.forward).parameters.values()
+    positional = [x for x in parameters if x.kind in (x.POSITIONAL_ONLY, x.POSITIONAL_OR_KEYWORD)]
+    required = [x.name for x in positional if x.default is x.empty]
+    takes_dictionary = len(required) == 1 and required[0] not in ("input_ids", *arguments)
+    _ = model(arguments) if takes_dictionary else model(**arguments)
 
 
 def _require_tensors(name: str, batch: Mapping[str, Any], vocab_size: int | None) -> None:
     for key, value in batch.items():
-        if not isinstance(value, Tensor | int | None):  # flags such as return_dict, too
+        if isinstance(value, Mapping):
+            _require_tensors(f"{name}[{key!r}]", value, vocab_size)
+        elif not isinstance(value, Tensor | int | str | None):  # flags such as return_dict, too
             raise TypeError(f"quantize: {name}[{key!r}] is a {type(value).__name__}: pass a tensor")
     ids = batch.get("input_ids")
     if vocab_size is None or not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.is_cpu:

@@ -13,6 +13,7 @@ from transformers import BertConfig, GenerationMixin, PreTrainedModel
 from bertfast.architectures import IS_TRANSFORMERS_4, Architecture, family_of, methods
 from bertfast.encoder import MaskedLMParts
 from bertfast.encoder.packed_linear import FROZEN, has_int8, is_frozen, require_unchanged
+from bertfast.models.quantised_config import is_quantised, unmark_model
 
 SNAPSHOT = "_bertfast_snapshot"  # the attribute in which an encoder keeps its `Snapshot`
 IS_FROZEN = "_bertfast_is_frozen"  # that in which an encoder keeps whether its weights are packed
@@ -52,7 +53,7 @@ class Fused(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Refuse another dtype or device, too."""
         if is_frozen(self):
-            require_unchanged(fn)
+            require_unchanged(fn, self)
         applied: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return applied
 
@@ -103,6 +104,8 @@ class FusedModel(Fused, PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save a model; see transformers. Quantised layers stay apart, where a family's files join several layers."""
+        if is_quantised(self.config) and not has_int8(self):  # it was made of the configuration of one that is
+            unmark_model(self)
         if has_int8(self) and not IS_TRANSFORMERS_4:
             kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, get_args
 
@@ -50,6 +50,9 @@ class Activations(Protocol):
     @property
     def is_cuda(self) -> bool: ...
 
+    @property
+    def shape(self) -> Sequence[int]: ...
+
 
 def resolve(
     operation: str, requested: Implementation | None, x: Activations, unsupported: str | None = None
@@ -68,6 +71,7 @@ def resolve(
     Raises:
         ValueError: The requested implementation does not exist or does not support the arguments.
     """
+    unsupported = unsupported or _empty_rows_reason(requested, x)
     if requested is None:
         fastest: Implementation = "triton" if x.is_cuda else "cpu"
         return fastest if unsupported_reason(fastest, operation, x) is None and unsupported is None else "reference"
@@ -79,6 +83,12 @@ def resolve(
         remedy = "pass implementation='reference', which supports all tensors"
         raise ValueError(f"{operation}: implementation {requested!r} is not available: {reason}; {remedy}")
     return requested
+
+
+def _empty_rows_reason(requested: Implementation | None, x: Activations) -> str | None:
+    """Return why a GPU's kernels, which divide rows into blocks, cannot run on `x`; None if they can."""
+    on_gpu = x.is_cuda if requested is None else requested in ("triton", "cuda")
+    return "its kernels take rows of at least one element" if on_gpu and x.shape and x.shape[-1] == 0 else None
 
 
 def dtypes_reason(requested: Implementation | None, x: Activations, *others: Tensor | torch.dtype | None) -> str | None:

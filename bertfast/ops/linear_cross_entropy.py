@@ -65,6 +65,8 @@ def linear_cross_entropy(
     else:
         _SELECTED_ROWS.check(hidden, weight, bias, rows, labels)
         check_below("linear_cross_entropy", "rows", rows, len(hidden), "hidden")
+    if not len(weight):
+        raise ValueError("linear_cross_entropy: weight must have at least one row, that of a label")
     if bias is None:
         bias = weight.new_zeros(weight.shape[0])  # next to the logits it takes no time
     dtype = gemm_dtype(hidden, weight)

@@ -118,7 +118,7 @@ def quantise(weight: Tensor, bias: Tensor | None = None, factors: Tensor | None 
         raise ValueError("quantise: the weight has values that are not finite")
     if factors is not None:
         weight = weight / factors
-    scales = weight.abs().amax(dim=1) / _LARGEST
+    scales = weight.abs().amax(dim=1) / _LARGEST if weight.shape[1] else weight.new_zeros(len(weight))
     scaled = weight / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     del weight  # else the temporary tensors of a layer count in the peak of memory
     values = scaled.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
@@ -141,6 +141,8 @@ def packed_int8(values: Tensor, scales: Tensor, bias: Tensor | None, factors: Te
 
 def _packed(weight: Tensor, bias: Tensor | None) -> PackedWeight:
     columns, depth = weight.shape
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"a packed weight {list(weight.shape)} takes a bias [{columns}], got {list(bias.shape)}")
     values = 4 // weight.dtype.itemsize  # per operand
     padded = F.pad(weight, (0, -depth % values, 0, -columns % PANEL))
     operands = torch.unflatten(torch.unflatten(padded, 1, (-1, values)), 0, (-1, PANEL)).transpose(1, 2).contiguous()

@@ -351,7 +351,8 @@ def packed_linear(
     if weight.dtype == torch.int8:
         x = accumulating(x) * factors if len(factors) else accumulating(x)
         # A token's zero point, by which the kernels shift its values into a byte, does not change the results.
-        span = x.amax(dim=1, keepdim=True).clamp(min=0) - x.amin(dim=1, keepdim=True).clamp(max=0)
+        with_zero = F.pad(x, (0, 1))  # which the range of a token contains, also without columns
+        span = with_zero.amax(dim=1, keepdim=True) - with_zero.amin(dim=1, keepdim=True)
         finite = span.isfinite() & (span > 1e-30)
         quantised = torch.where(finite, x * (254 / span), 0).round()
         scale = torch.where(span.isfinite(), span / 254, torch.nan)

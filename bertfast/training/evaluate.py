@@ -6,13 +6,14 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
 from bertfast.data.corpus import find_files
 from bertfast.data.text_files import copy_stream, is_stream, named_stream
+from bertfast.inference.frozen import freeze_on_cpu, require_own_precision
 from bertfast.inference.predict import open_finetuned, predict_outputs
 from bertfast.models.files import model_files, resolve
 from bertfast.runtime.atomic_write import write_atomically
@@ -22,7 +23,7 @@ from bertfast.runtime.plotting import plot_title
 from bertfast.runtime.precision import choose_precision
 from bertfast.runtime.settings import flag, given, refuse_without_effect
 from bertfast.tasks.features import CutTexts
-from bertfast.tasks.settings import MANY_TOKENS, FloatingPointSettings, TaskSettings
+from bertfast.tasks.settings import MANY_TOKENS, TaskSettings
 from bertfast.training.finetune_folder import PREDICTIONS, finetune_origin
 from bertfast.training.report_plots import PLOTS, draw_report, report_file
 from bertfast.training.validation import evaluate_masked_lm
@@ -51,7 +52,6 @@ class EvaluateSettings(TaskSettings):
     objective: Literal["task", "mlm"] = "task"
     output_dir: str | None = None
     overwrite_output_dir: bool = False
-    compute: FloatingPointSettings = field(default_factory=FloatingPointSettings)
 
     def validate(self) -> None:
         if self.output_dir is None:
@@ -60,6 +60,8 @@ class EvaluateSettings(TaskSettings):
         if self.objective == "mlm":
             flags = {"--task"}.intersection(given(self)).union(given(self.columns), given(self.question_answering))
             refuse_without_effect(sorted(flags), "--objective mlm evaluates on plain text")
+            if self.compute.precision == "int8":
+                raise ValueError("--precision int8 is for --objective task: choose another --precision")
 
 
 def evaluate(settings: EvaluateSettings) -> dict[str, float]:
@@ -138,6 +140,7 @@ def _evaluate(settings: EvaluateSettings) -> tuple[dict[str, float], Callable[[P
 
 def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callable[[Path], None]]:
     task, model, tokenizer = open_finetuned(settings)
+    require_own_precision(model, settings.compute.precision)
     with task.bad_rows.logged():
         examples = task.read(settings.validation_file, labelled=True)
         length = task.max_length()
@@ -149,6 +152,9 @@ def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callab
         )
     cut = CutTexts(settings.validation_file, length)
     cut.add(features)
+    precision = choose_precision(model.device, settings.compute.precision, model.config)
+    if precision == "int8":
+        freeze_on_cpu(model, precision, features, lambda inputs: task.logits(model, inputs))
     outputs = predict_outputs(task, model, features)
     cut.report()
     metrics = task.measure(examples, features, outputs)
@@ -158,7 +164,6 @@ def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callab
         report = task.report(examples, features, outputs)
         if report:
             write_results(folder / report_file("validation"), report)
-            precision = choose_precision(model.device, settings.compute.precision, model.config)
             title = plot_title(settings.model_name_or_path, model.device, precision)
             if not draw_report(report, folder, title):
                 logger.info("No confusion.png: plots require matplotlib: %s", install_command("plots"))

@@ -215,12 +215,14 @@ static void multiply_block(const PackedLinear& p, const Operands<F>& o, int64_t 
   thread_local Scratch memory;
   const int64_t size = o.block * STRIP * PANEL;
   float* const c = memory.reserve<float>(o.group * size);
-  for (int64_t k = 0; k < o.depth; k += CHUNK)
+  int64_t k = 0;
+  do {  // once, too, if K is 0: sums of nothing are 0
     for (int64_t q = panel; q < end; ++q)
       for (int64_t s = first; s < last; ++s)
         multiply_strip<STRIP>(
             o.strips.rows(s), o.a + (s * o.depth + k) * STRIP, (const F*)p.weight.operands + (q * o.depth + k) * PANEL,
             o.depth - k < CHUNK ? o.depth - k : CHUNK, c + (q - panel) * size + (s - first) * STRIP * PANEL, k == 0);
+  } while ((k += CHUNK) < o.depth);
   for (int64_t q = panel; q < end; ++q) {
     const int64_t left = p.weight.columns - q * PANEL;
     const int count = left < PANEL ? (int)left : PANEL;
@@ -237,7 +239,7 @@ static void multiply_block(const PackedLinear& p, const Operands<F>& o, int64_t 
 template <class F>
 static void multiply(const PackedLinear& p) {
   const Operands<F> o(p);
-  const int64_t grain = 1 + (32 << 10) / (STRIP * o.depth);  // below, a second thread costs more than it saves
+  const int64_t grain = 1 + (32 << 10) / (STRIP * (o.depth + 1));  // below, a second thread costs more than it saves
   parallel(o.strips.count, grain, [&](int64_t first, int64_t end) {
     with_type(p.x.type, [&]<class T>(T) {
       for (int64_t s = first; s < end; ++s)

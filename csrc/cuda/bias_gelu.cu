@@ -22,6 +22,7 @@ static int column_blocks(int64_t columns) { return (int)((columns + COLUMNS_PER_
 
 // The number of blocks that share the rows of a column block: as many as are resident, or fewer for few rows.
 static int row_programs(int64_t rows, int64_t columns) {
+  if (columns == 0) return 1;  // of no column block
   const int across = column_blocks(columns), resident = (sm_count() * BLOCKS_PER_SM + across - 1) / across;
   const int64_t needed = (rows + MAX_ROWS_IN_FLIGHT - 1) / MAX_ROWS_IN_FLIGHT;
   return (int)(needed < 1 ? 1 : needed < resident ? needed : resident);

@@ -122,10 +122,61 @@ def test_commands_say_how_fast_int8_is_without_its_instructions(int8, level, pre
     assert [weight.operands.dtype for weight in first_weights] == [torch.int8, torch.float32]
     sentence = (
         f"this CPU has no dot products of int8: {tokens} tokens through a linear layer of 32 x 32 take {1e3 * int8:.2f}"
-        f" ms in int8 and 1.00 ms in fp32, so that --precision int8 is {'slower' if level == 'WARNING' else 'faster'} "
+        f" ms in int8 and 1.00 ms in fp32, so that int8 is {'slower' if level == 'WARNING' else 'faster'} "
         "here than fp32"
     )
     assert said == [(level, sentence)] * 2
+
+
+@pytest.mark.parametrize("command", ["predict", "embed", "evaluate"])
+@pytest.mark.usefixtures("without_dot_products")
+def test_commands_say_how_fast_a_saved_int8_model_is(command, int8_folder, files, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("bertfast.inference.int8_speed.seconds_of", lambda weights, tokens: [0.002, 0.001])
+    flags = {
+        "predict": ["--input-file", files["test_file"]],
+        "embed": ["--input-file", files["test_file"], "--output-dir", str(tmp_path / "out"), "--texts-per-part", "9"],
+        "evaluate": ["--validation-file", files["validation_file"]],
+    }[command]
+    assert main([command, "--model-name-or-path", str(int8_folder), "--device", "cpu", *flags]) == 0
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sum("take 2.00 ms in int8 and 1.00 ms in fp32, so that int8 is slower here" in each for each in said) == 1
+
+
+@pytest.mark.usefixtures("without_dot_products")
+def test_fill_mask_says_how_fast_a_saved_int8_model_is(pretrained, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("bertfast.inference.int8_speed.seconds_of", lambda weights, tokens: [0.002, 0.001])
+    model = bertfast.AutoModelForMaskedLM.from_pretrained(pretrained)
+    bertfast.quantize(model)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(load_tokenizer(pretrained), tmp_path)
+    assert main(["fill-mask", str(tmp_path), "a [MASK] plot"]) == 0
+    assert "so that int8 is slower here than fp32" in caplog.text
+
+
+def test_evaluate_in_int8_measures_the_quantised_model(tuned, files, tmp_path, packed_dtypes, capsys):
+    flags = ["--validation-file", files["validation_file"], "--device", "cpu"]
+    for precision, folder in (("int8", tuned[0]), ("fp32", tuned[0])):
+        assert main(["evaluate", "--model-name-or-path", str(folder), *flags, "--precision", precision]) == 0
+        assert "eval_accuracy" in capsys.readouterr().out
+        assert {*packed_dtypes} == ({torch.int8} if precision == "int8" else set())
+        packed_dtypes.clear()
+    assert main(["evaluate", "--model-name-or-path", str(tuned[0]), *flags, "--precision", "int8",
+                 "--objective", "mlm"]) in (1, 2)  # fmt: skip
+    assert "--precision int8 is for --objective task" in capsys.readouterr().err
+
+
+def test_texts_of_few_tokens_are_calibrated_on_random_tokens_too(pretrained, tmp_path, caplog, monkeypatch):
+    (tmp_path / "texts.txt").write_text("\n".join([*["the"] * 32, *TEXTS]))
+    expected = embedded(pretrained, tmp_path / "fp32", str(tmp_path / "texts.txt"), "fp32")
+    accuracy = []
+    for few in (256, 0):
+        monkeypatch.setattr("bertfast.inference.frozen._FEW_TOKENS", few)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "bertfast"):
+            found = embedded(pretrained, tmp_path / f"int8-{few}", str(tmp_path / "texts.txt"), "int8")
+        assert ("calibrated on the first 32 inputs and random tokens" in caplog.text) == (few > 0)
+        accuracy.append(torch.cosine_similarity(found, expected)[32:].mean())
+    assert accuracy[0] > accuracy[1]
 
 
 @pytest.mark.usefixtures("without_dot_products")
@@ -183,7 +234,9 @@ def test_what_does_not_run_a_quantised_model_says_so(int8_folder, files, texts, 
         (["embed", "--precision", "fp32", "--output-dir", str(tmp_path / "out"), "--input-file", texts],
          "is quantised to int8: leave --precision fp32 out"),
         (["finetune", "--train-file", files["train_file"], "--output-dir", str(tmp_path / "tuned")],
-         "is quantised to int8, which `bertfast predict` and `embed` run: give the model from which it was made"),
+         "is quantised to int8, which `bertfast predict`, `embed`, `search`, `fill-mask` and `evaluate"),
+        (["evaluate", "--validation-file", files["validation_file"], "--precision", "fp32"],
+         "is quantised to int8: leave --precision fp32 out"),
     ):  # fmt: skip
         assert main([*call, "--model-name-or-path", folder, "--device", "cpu"]) == 1
         assert message in capsys.readouterr().err
@@ -191,8 +244,8 @@ def test_what_does_not_run_a_quantised_model_says_so(int8_folder, files, texts, 
     assert "give the model from which it was made" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["finetune", "evaluate", "pretrain"])
-def test_training_and_evaluation_refuse_int8(command, capsys):
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_training_refuses_int8(command, capsys):
     try:
         status = main([command, "--precision", "int8"])
     except SystemExit as exit_:

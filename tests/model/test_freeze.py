@@ -1,6 +1,7 @@
 """`bertfast.freeze`: packed weights compute what the model computed, and what would change them is refused."""
 
 import copy
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import transformers
 from helpers import assert_as_accurate_as_torch
 from live_models import Doubled, batch, live, outputs_of
 from parity import double
+from safetensors.torch import load_file
 
 import bertfast
 from bertfast.encoder.packed_layer import PackedLayer
@@ -118,6 +120,20 @@ def test_what_would_change_it_is_refused_and_changes_nothing():
     model.eval().float().to("cpu")  # what it is already
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cast_is_refused_exactly_if_it_changes_a_tensor(dtype, precision):
+    model = live().to(dtype)
+    bertfast.quantize(model) if precision == "int8" else bertfast.freeze(model, precision)
+    before = outputs_of(model).logits
+    for part in (model, model.bert.encoder.layer[0].attention.self, torch.nn.Sequential(model)):
+        assert part.to(dtype) is part
+        for other in {torch.float32, torch.bfloat16, torch.float16} - {dtype}:
+            with pytest.raises(RuntimeError, match=FROZEN):
+                part.to(other)
+    assert torch.equal(outputs_of(model).logits, before)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_autocast_changes_nothing(case):
     model = frozen(family_models.plain(case))
@@ -174,9 +190,33 @@ def test_it_is_saved_as_what_it_was(tmp_path):
     assert all(torch.equal(x, hf.state_dict()[name]) for name, x in loaded.state_dict().items())
 
 
-def test_a_copy_computes_the_same():
-    model = frozen(live())
-    assert torch.equal(outputs_of(copy.deepcopy(model)).logits, outputs_of(model).logits)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_is_saved_in_its_own_dtype(dtype, precision, tmp_path):
+    hf = live().to(dtype)
+    frozen(hf, precision).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {x.dtype for x in saved.values()} == {dtype}
+    assert transformers.AutoConfig.from_pretrained(tmp_path).dtype == dtype
+    linear = [name for name in saved if ".layer." in name and name.endswith("dense.weight")]
+    rounded = torch.bfloat16 if precision == "bf16" else dtype
+    for name, x in hf.state_dict().items():
+        expected = x.to(rounded).to(dtype) if name in linear or (".self." in name and "weight" in name) else x
+        assert torch.equal(saved[name], expected), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_copy_computes_the_same_and_shares_as_much(precision):
+    model = live()
+    bertfast.quantize(model) if precision == "int8" else bertfast.freeze(model, precision)
+    expected, pickled = outputs_of(model).logits, pickle.dumps(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickled)):
+        assert torch.equal(outputs_of(again).logits, expected)
+        attention = again.bert.encoder.layer[0].attention.self
+        assert attention.query.group is attention.value.group
+        parts = (attention.query.packed, attention.key.packed, attention.query.group)
+        assert len({part.operands.untyped_storage().data_ptr() for part in parts}) == 1
+    assert len(pickle.dumps(again)) < 1.05 * len(pickled)
 
 
 def batches_of_shapes(case, hf):
@@ -291,7 +331,7 @@ def test_what_cannot_be_frozen():
         bertfast.freeze(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"float16: frozen models are float32 or bfloat16, call model.float\(\)"):
         bertfast.freeze(live().half())
-    with pytest.raises(ValueError, match=r"is on meta: frozen models run on a CPU, call model.cpu\(\) first"):
+    with pytest.raises(ValueError, match="is on meta: frozen models run on a CPU, load its weights first"):
         bertfast.freeze(live().to("meta"))
     with pytest.raises(ValueError, match="precision must be fp32 or bf16, got 'int4'"):
         bertfast.freeze(live(), "int4")

@@ -42,6 +42,16 @@ def test_default_on_a_gpu_is_triton_if_it_supports_the_tensors(monkeypatch, capa
         assert resolve("x", "reference", on_gpu) == "reference"
 
 
+def test_rows_without_elements_run_the_reference_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        assert resolve("x", None, torch.empty(4, 0, device="cuda")) == "reference"
+        assert resolve("x", None, torch.empty(0, 4, device="cuda")) == "triton"
+        with pytest.raises(ValueError, match="implementation 'triton' is not available: its kernels take rows of at l"):
+            resolve("x", "triton", torch.empty(4, 0, device="cuda"))
+    assert resolve("x", None, torch.empty(4, 0)) == "cpu"
+
+
 def test_an_unsupported_implementation_is_refused_with_the_reason(monkeypatch):
     with pytest.raises(ValueError, match="implementation must be one of reference, cpu, triton, cuda, got 'fast'"):
         ops.bias_gelu(X, X[0], implementation="fast")

@@ -6,6 +6,7 @@ from helpers import normal
 
 from bertfast.ops.packed_linear import pack, packed_linear, quantise
 
+NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 WEIGHT, BIAS = normal(40, 50).detach().float(), normal(40).detach().float()
 
 
@@ -39,6 +40,21 @@ def test_the_reference_computes_the_same():
         torch.testing.assert_close(packed_linear(x, packed, "gelu"), expected, rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("bias", [BIAS, None], ids=["bias", "none"])
+@pytest.mark.parametrize(("tokens", "columns", "depth"), [(3, 40, 0), (30, 40, 0), (3, 0, 5), (0, 40, 5), (2, 0, 0)])
+def test_sizes_of_zero_give_sums_of_nothing(tokens, columns, depth, bias, kind):
+    weight, bias = torch.ones(columns, depth), None if bias is None else bias[:columns]
+    packed = quantise(weight, bias) if kind == "int8" else pack(weight, bias, getattr(torch, NAMES[kind]))
+    x = torch.ones(tokens, depth)
+    y = packed_linear(x, packed, "gelu")
+    assert y.shape == (tokens, columns)
+    torch.testing.assert_close(y, packed_linear(x, packed, "gelu", implementation="reference"))
+    if depth == 0:
+        sums = torch.zeros(columns) if bias is None else bias
+        torch.testing.assert_close(y, torch.nn.functional.gelu(sums).expand(tokens, -1))
+
+
 def test_bad_arguments():
     packed, x = pack(WEIGHT, BIAS), torch.ones(2, 50)
     with pytest.raises(ValueError, match=r"x must be floating point of shape \[tokens, 50\], got .* \[2, 49\]"):
@@ -49,6 +65,9 @@ def test_bad_arguments():
         packed_linear(x.requires_grad_(), packed)
     with pytest.raises(TypeError, match=r"dtype must be float32 or bfloat16, got torch.int8: int8 is made by quantise"):
         pack(WEIGHT, None, torch.int8)
+    for make in (pack, quantise):
+        with pytest.raises(ValueError, match=r"a packed weight \[40, 50\] takes a bias \[40\], got \[7\]"):
+            make(WEIGHT, BIAS[:7])
     with pytest.raises(ValueError, match="the weight has values that are not finite"):
         quantise(WEIGHT / 0)
 
