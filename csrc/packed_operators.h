@@ -5,7 +5,7 @@
 
 #include "add_layer_norm.h"
 #include "attention_operators.h"
-#include "cpu/scratch.h"
+#include "cpu/shrinking_scratch.h"
 #include "operator_arguments.h"
 #include "packed_linear.h"
 
@@ -60,7 +60,7 @@ static Tensor packed_linear_forward(Tensor x, std::vector<Tensor> weight, int64_
 class Intermediates {
  public:
   Intermediates(std::initializer_list<int64_t> bytes) {
-    thread_local BERTFAST_SET::Scratch memory;
+    thread_local BERTFAST_SET::ShrinkingScratch memory;
     int64_t total = 0;
     for (int64_t size : bytes) starts_[count_++] = total, total += (size + 63) / 64 * 64;
     memory_ = memory.reserve<char>(total);

@@ -22,8 +22,7 @@ from pathlib import Path
 
 from bench.harness import ROOT, require_clean_tree
 from bench.sass_model import constants
-from bench.sass_model.machine_code import KEPT
-from bench.sass_model.predict import TOLERANCE, time_of_row
+from bench.sass_model.predict import KEPT, TOLERANCE, time_of_row
 
 
 def main() -> int:

@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.harness import RESULTS
 from bench.sass_model import compiled_cuda, control_words
 
-KEPT = RESULTS / "sass_listings.json.xz"
 _ARCHITECTURES = ("sm_90a", "sm_90", "")  # the last one in a file for a single architecture
 
 

@@ -29,10 +29,11 @@ from bench.sass_model.cases import HEADS, Case, Launch, launches
 from bench.sass_model.constants import H200, VERSION
 from bench.sass_model.cuda_cases import BLOCK, cuda_cases
 from bench.sass_model.kernel_time import Kernel, Prediction, Work, predict
-from bench.sass_model.machine_code import KEPT, Code, nvcc_version, pack, read_cuda
+from bench.sass_model.machine_code import Code, nvcc_version, pack, read_cuda
 from bench.sass_model.mixed_lengths import Batch, predict_mixed, predict_strided
 
 PAGE = RESULTS / "sass_model.md"
+KEPT = RESULTS / "sass_listings.json.xz"  # code that the page predicts, see `machine_code.py`
 TOLERANCE = 0.01
 _SHAPE = ("BLOCK_M", "BLOCK_N", "BLOCK", "ROWS", "CHUNK")
 _COLUMNS = "kernel | case | block | registers | per SM | cycles | µs | TFLOP/s | GB/s | of the limit | bound by"

@@ -57,7 +57,7 @@ def unmark(config: Any) -> None:
 
 def _copy_configs(models: list[PreTrainedModel]) -> None:
     """Give models their own configurations: other models may have been made of the same ones."""
-    copies: dict[int, Any] = {}  # so that the modules of a model still share theirs
+    copies: dict[int, Any] = {}  # so that the modules of a model still share one
     for module in dict.fromkeys(part for model in models for part in model.modules()):
         config = vars(module).get("config")
         if isinstance(config, PretrainedConfig):

@@ -174,12 +174,14 @@ def _evaluate_task(settings: EvaluateSettings) -> tuple[dict[str, float], Callab
 
 
 def _evaluate_text(settings: EvaluateSettings) -> dict[str, float]:
+    precision = settings.compute.precision
+    assert precision != "int8"  # `validate` refuses it
     return evaluate_masked_lm(
         settings.model_name_or_path,
         settings.validation_file,
         max_seq_length=settings.max_seq_length,
         tokens_per_batch=_tokens_of_text(settings),
-        precision=settings.compute.precision,
+        precision=precision,
         device=settings.compute.device,
     )
 

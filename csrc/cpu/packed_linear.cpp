@@ -5,6 +5,7 @@
 #include "gelu.h"
 #include "quads.h"
 #include "rows.h"
+#include "shrinking_scratch.h"
 
 namespace bertfast::BERTFAST_SET {
 
@@ -195,7 +196,7 @@ struct Operands {
       : strips(p.tokens),
         depth((p.weight.depth + VALUES - 1) / VALUES),
         panels((p.weight.columns + PANEL - 1) / PANEL) {
-    thread_local Scratch packed_memory, token_memory;
+    thread_local ShrinkingScratch packed_memory, token_memory;
     a = packed_memory.reserve<F>(strips.count * STRIP * depth);
     tokens = token_memory.reserve<Token>(strips.count * STRIP);
     // If all tokens fit, a panel's sums are finished before the next panel, whose operands are adjacent. Else a chunk

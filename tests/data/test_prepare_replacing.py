@@ -29,7 +29,8 @@ def run(tmp_path, texts):
     """Return a function that prepares the texts into tmp_path/out with one process."""
 
     def run(**options) -> Path:
-        values = {"train_file": [str(texts)], "vocab_size": 128, "processes": 1} | options
+        vocabulary = {} if "tokenizer_name" in options else {"vocab_size": 128}
+        values = {"train_file": [str(texts)], "processes": 1} | vocabulary | options
         overwrite, output = values.pop("overwrite", False), values.pop("output", "out")
         corpus = CorpusSettings(**values)
         return prepare(PrepareSettings(str(tmp_path / output), corpus, overwrite_output_dir=overwrite))
@@ -173,7 +174,7 @@ def test_parts_are_copied_where_there_are_no_links(run, texts, monkeypatch):
     before = {path.parent: path.stat().st_mtime_ns for path in folder.rglob("part.json")}
     (texts / "a.txt").write_text("Another text. It has two lines.\nThis is one of them.")
     shutil.rmtree(folder / "train" / next(path.name for path in (folder / "train").glob("c.txt*")))
-    run(tokenizer_name=str(folder / "tokenizer.json"), vocab_size=30_528, output="other")
+    run(tokenizer_name=str(folder / "tokenizer.json"), output="other")
     run(overwrite=True)
     after = {path.parent: path.stat().st_mtime_ns for path in folder.rglob("part.json")}
     assert len(after) == len(before) == 6

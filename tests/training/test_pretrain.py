@@ -145,8 +145,8 @@ def test_a_model_is_replaced_only_on_request_and_never_while_it_is_read(finished
 def test_a_run_whose_text_has_changed_is_not_resumed(corpus, tmp_path):
     text = tmp_path / "text.txt"
     text.write_bytes(corpus.read_bytes())
-    options = {"train_file": [str(text)], "vocab_size": 128, "validation_split_percentage": 20, "processes": 1}
-    settings = settings_for(tmp_path / "run", None, **options)
+    options = {"train_file": [str(text)], "validation_split_percentage": 20, "processes": 1}
+    settings = settings_for(tmp_path / "run", None, vocab_size=128, **options)
     with pytest.raises(RunStopped):
         pretrain(settings, signal_at(7))
     with text.open("a") as file:
@@ -159,8 +159,7 @@ def test_a_run_whose_text_has_changed_is_not_resumed(corpus, tmp_path):
     other = prepare(PrepareSettings(str(tmp_path / "other"), settings.corpus))
     with pytest.raises(ValueError, match=r"tokenizer was .* and is .*--data-dir"):
         pretrain(settings.replace(resume=True, data_dir=str(other), corpus=CorpusSettings()))
-    default_size = CorpusSettings().vocab_size
-    same = settings.corpus.replace(tokenizer_name=str(tmp_path / "run" / "data"), vocab_size=default_size)
+    same = CorpusSettings(tokenizer_name=str(tmp_path / "run" / "data"), **options)
     other = prepare(PrepareSettings(str(tmp_path / "same"), same))
     with pytest.raises(ValueError, match=r"(training|validation) text was .*--data-dir"):
         pretrain(settings.replace(resume=True, data_dir=str(other), corpus=CorpusSettings()))

@@ -234,10 +234,10 @@ def test_presets_have_as_many_parameters_as_the_published_models(family, preset,
     ],
 )
 def test_what_does_not_fit_a_family_is_refused(changes, message, corpus, tmp_path):
-    if "init_from" in changes:
-        changes |= {"vocab_size": 30_528, "config_overrides": ""}
+    sizes = {} if "init_from" in changes else {"vocab_size": 320, "config_overrides": SIZES}
+    values = {"train_file": [str(corpus)], "architecture": "roberta", **sizes, **changes}
     with pytest.raises(ValueError, match=message):
-        pretrain(family_settings("roberta", tmp_path, corpus, **{"vocab_size": 320, **changes}))
+        pretrain(settings_for(tmp_path, None, **values))
 
 
 @pytest.mark.parametrize("family", ["roberta", "modernbert"])
