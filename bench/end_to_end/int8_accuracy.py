@@ -129,7 +129,7 @@ def evaluated(folder: Path, case: Case, file: Path, precision: Precision) -> Eva
     freeze_on_cpu(model, precision, features, lambda inputs: task.logits(model, inputs))
     outputs = predict_outputs(task, model, features)
     metrics = task.compute_metrics(examples, features, outputs)
-    embed_settings = EmbedSettings.of(**options, output_dir="")
+    embed_settings = EmbedSettings.of(**options, output_dir="embeddings")
     vectors = compute_embeddings(cast(BertModel, model.base_model), features, embed_settings)["embeddings"]
     return Evaluated(model, features, metrics, np.stack(outputs), vectors)
 

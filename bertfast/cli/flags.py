@@ -22,6 +22,7 @@ from bertfast.runtime.settings import (
     flag,
     group_class,
     hints_of,
+    is_empty,
     nearest,
     range_of,
     settings_of,
@@ -145,7 +146,7 @@ def flags_of(entries: Mapping[str, Any]) -> list[str]:
 def _refuse_empty(settings_class: type[Settings], values: dict[str, Any]) -> None:
     """Raise ValueError if a text or a path is empty, as when a shell's variable is not set."""
     for name, setting in settings_of(settings_class).items():
-        if (values[name] == "" != setting.field.default) or (isinstance(values[name], list) and "" in values[name]):
+        if is_empty(setting.field, values[name]):
             shown = _metavar(name) if _is_positional(setting.hint) else flag(name)
             required = setting.field.default is setting.field.default_factory is dataclasses.MISSING
             raise ValueError(f"{shown} is empty: give a value" + ", or leave it out" * (not required))

@@ -179,13 +179,30 @@ def merge_adapter(model: PreTrainedModel, folder: Path, fresh: tuple[str, ...] =
 def _weights_for(model: PreTrainedModel, folder: Path, fresh: tuple[str, ...]) -> dict[str, Tensor]:
     """Read the weights of an adapter, without those of the head of another task; see `merge_adapter`."""
     state, heads = model.state_dict(), architecture_of(model.config).all_head_prefixes
-    saved = load_file(folder / _WEIGHTS)
+    saved = _with_names_of(model, load_file(folder / _WEIGHTS))
     for key in list(saved):
         name = key.removeprefix(_PREFIX)
         if name in state and name.startswith(fresh):
             saved[key] = state[name]
         elif name not in state and name.startswith(heads):
             del saved[key]
+    return saved
+
+
+def _with_names_of(model: PreTrainedModel, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of an adapter by the names that they have in a model.
+
+    The names of a model with a head begin with that of its encoder, such as "bert."; those of an encoder alone do not.
+    """
+    encoder, heads = f"{_PREFIX}{model.base_model_prefix}.", architecture_of(model.config).all_head_prefixes
+    of_encoder = any(key.startswith(encoder) for key in saved)
+    if model.base_model is model and of_encoder:
+        return {
+            f"{_PREFIX}{key.removeprefix(encoder)}" if key.startswith(encoder) else key: saved[key] for key in saved
+        }
+    if model.base_model is not model and not of_encoder:
+        names = {key: key.removeprefix(_PREFIX) for key in saved}
+        return {key if name.startswith(heads) else f"{encoder}{name}": saved[key] for key, name in names.items()}
     return saved
 
 

@@ -9,8 +9,8 @@ flags (`--learning-rate`), in YAML files, in saved runs and in Python:
     settings = settings.replace(resume=True)
 
 A command line, `of`, `replace`, a constructor and `dataclasses.replace` check each value against its type, and keep it
-as JSON can hold it: a path as a string, a number of numpy as one of Python, and one value where a list is expected as a
-list of one.
+as JSON can hold it: a path as a string, a number of numpy as one of Python, an array or an iterator as a list, and one
+value where a list is expected as a list of one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -140,7 +140,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, hint in hints_of(type(self)).items():
-            object.__setattr__(self, name, checked(name, hint, getattr(self, name)))
+            value = checked(name, hint, getattr(self, name))
+            object.__setattr__(self, name, value)
+            if is_empty(type(self).__dataclass_fields__[name], value):
+                raise ValueError(f"{flag(name)} is empty: give a value")
         rivals = [name for name in given(self) if name in map(flag, self.exclusive)]
         if len(rivals) > 1:
             raise ValueError(f"{' and '.join(rivals)} exclude each other: give only one of them")
@@ -194,6 +197,11 @@ def given(settings: Settings) -> list[str]:
         elif value != default or (value and field.name in vars(settings)[_TYPED]):
             flags.append(flag(field.name))
     return flags
+
+
+def is_empty(field: dataclasses.Field[Any], value: Any) -> bool:
+    """Return whether a text or a path is empty, or one of a list, although the default is not."""
+    return (value == "" != field.default) or (isinstance(value, list | tuple) and "" in value)
 
 
 class WithoutEffectError(ValueError):
@@ -323,8 +331,7 @@ def _checked(name: str, hint: Any, value: Any, limits: Range | None) -> Any:
         (kind,) = (argument for argument in arguments if argument is not NoneType)
         return None if value is None else _checked(name, kind, value, None)
     if origin in (list, tuple):
-        is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return origin(_checked(name, arguments[0], item, None) for item in (value if is_list else [value]))
+        return origin(_checked(name, arguments[0], item, None) for item in _items(name, arguments[0], value))
     if origin is Literal:
         if value not in arguments:
             *others, last = map(str, arguments)
@@ -340,6 +347,29 @@ def _checked(name: str, hint: Any, value: Any, limits: Range | None) -> Any:
         text = os.fspath(value) if isinstance(value, os.PathLike) else value
         return _of_type(str, text, f"{flag(name)} must be a string")
     raise TypeError(f"the setting {name} is of type {hint}, for which there is no check")
+
+
+def _items(name: str, hint: Any, value: Any) -> Iterable[Any]:
+    """Return the items of a list; one value stands for a list of one.
+
+    Args:
+        name: Name of the setting.
+        hint: Type of its items.
+        value: The value.
+
+    Raises:
+        ValueError: The value has no order, as a set, or is an array of more than one dimension.
+    """
+    dimensions = getattr(value, "ndim", None)  # of an array or a tensor
+    if isinstance(value, Set | Mapping) or (dimensions or 0) > 1:
+        kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        nouns = {int: " of integers", float: " of numbers", str: " of strings"}
+        raise ValueError(f"{flag(name)} must be a list{nouns.get(kind, '')}, got {value!r:.60}")
+    if dimensions == 1:
+        items: list[Any] = value.tolist()
+        return items
+    is_list = isinstance(value, Iterable) and dimensions is None and not isinstance(value, str | bytes)
+    return value if is_list else [value]
 
 
 def _of_type(kind: type[Any], value: Any, expected: str) -> Any:

@@ -112,16 +112,24 @@ class EmbeddingTask(Task[TextGroups]):
             self.loss_name = settings.loss
         else:
             logger.info("%s: the loss is %s", file, self.loss_name)
-        if scores is not None and len(scores) < 2:
-            raise ValueError(f"{file}: every score is {min(scores):g}; embeddings need pairs with different scores")
-        if self.loss_name == "multiple-negatives-ranking" and not examples.has_negatives():
-            raise ValueError(
-                f"{file}: no pair has a negative, as all have the same anchor or the same positive, so the loss would "
-                "always be 0: add other pairs, or a column negative"
-            )
+        if (reason := self.untrainable(examples)) is not None:
+            remedy = ": add other pairs, or a column negative" if scores is None else ""
+            raise ValueError(f"{file}: {reason}{remedy}")
         unused = {"contrastive": "--similarity-scale"}.get(self.loss_name, "--contrastive-margin")
         refuse_without_effect({unused}.intersection(given(settings)), f"the loss is {self.loss_name}")
         return {FINETUNING_TASK: "embedding"}
+
+    def untrainable(self, examples: TextGroups) -> str | None:
+        """Return that the scores are equal, or that no pair has a negative; see `Task.untrainable`."""
+        scores = {*(examples.scores or [])}
+        if len(scores) == 1:
+            return f"every score is {scores.pop():g}; embeddings need pairs with different scores"
+        if self.loss_name == "multiple-negatives-ranking" and not examples.has_negatives():
+            return (
+                "no pair has a negative, as all have the same anchor or the same positive, so the loss would always be "
+                "0"
+            )
+        return None
 
     def _require_fitting(self, loss: LossName, scores: set[float] | None, file: str) -> None:
         """Raise ValueError if a file's scores are not those that a loss needs."""
@@ -196,9 +204,10 @@ class EmbeddingTask(Task[TextGroups]):
     def loss_of_vectors(self, vectors: Tensor, arguments: dict[str, Tensor], items: Tensor) -> Tensor:
         """Compute the loss of a whole pass from its embeddings, [E, C · D]; see `loss`."""
         text_ids = arguments["text_ids"]
-        if text_ids.shape == (1, 2) and self.loss_name == "multiple-negatives-ranking" and not self._warned:
+        lacking = {"multiple-negatives-ranking": "negatives", "cosent": "other score"}.get(self.loss_name)
+        if text_ids.shape == (1, 2) and lacking is not None and not self._warned:
             self._warned = True
-            logger.warning("a batch of one pair has no negatives, and its loss is 0: choose larger batches")
+            logger.warning("a batch of one pair has no %s, and its loss is 0: choose larger batches", lacking)
         embeddings = vectors.view(*text_ids.shape, -1)
         with torch.autocast(vectors.device.type, enabled=False):
             loss = embedding_loss(self.loss_name, embeddings, arguments["labels"], text_ids, self.settings.embedding)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bertfast.data.text_files import json_object, read_json_list, read_lines, require_rereadable, unpaired_surrogate
+from bertfast.data.text_files import (
+    decode_json,
+    json_object,
+    read_json_list,
+    read_lines,
+    require_rereadable,
+    unpaired_surrogate,
+)
 
+_OBJECT, _LIST = '{"sentence": "…", "label": "…"}', '["…", "…"]'  # valid lines, shown in messages
 _LONGEST_FIELD = 2**31 - 1  # characters of a CSV field; the csv module's own limit is 131,072
 
 
@@ -58,22 +65,32 @@ def json_records(path: Path) -> Iterator[Record]:
     for number, text in read_json_list(path) if is_list else _lines_with_text(path):
         where, line = (f"{path}, row {number}", None) if is_list else (f"{path}, line {number}", number)
         try:
-            group = None if is_list else _group(text)
-            yield Record(line, group or json_object(where, text, '{"sentence": "…", "label": "…"}'))
+            group = None if is_list else _group(where, text)
+            yield Record(line, group or json_object(where, text, _OBJECT))
         except ValueError as error:
             yield Record(line, {}, str(error))
 
 
-def _group(text: str) -> dict[str, Any] | None:
-    """Return the texts of a line that holds a list of them, by name; None: it holds something else."""
+def _group(where: str, text: str) -> dict[str, Any] | None:
+    """Return the texts of a line that holds a list of them, by name; None: it holds no list.
+
+    Args:
+        where: File and line, for messages.
+        text: The line.
+
+    Raises:
+        ValueError: It is a list of something else.
+    """
     if not text.lstrip().startswith("["):
         return None
     try:
-        texts = json.loads(text)
+        texts = decode_json(text)
     except (ValueError, RecursionError):
         return None
-    if len(texts) < 2 or not all(isinstance(x, str) and unpaired_surrogate(x) is None for x in texts):
-        return None
+    if len(texts) < 2 or not all(isinstance(x, str) for x in texts):
+        raise ValueError(f"{where}: neither a list of two or more texts, like {_LIST}, nor an object like {_OBJECT}")
+    if (problem := next(filter(None, map(unpaired_surrogate, texts)), None)) is not None:
+        raise ValueError(f"{where}: {problem}")
     names = ["anchor", "positive", *(f"negative_{number}" for number in range(1, len(texts) - 1))]
     return dict(zip(names, texts, strict=True))
 

@@ -19,8 +19,7 @@ from bertfast.runtime.settings import given, refuse_without_effect
 from bertfast.tasks.columns import LABEL_COLUMN, TEXT_COLUMNS
 from bertfast.tasks.conll import is_tagged
 from bertfast.tasks.embedding import EmbeddingTask
-from bertfast.tasks.glue import BENCHMARKS, infer_benchmark
-from bertfast.tasks.labels import PROBLEM_TYPES
+from bertfast.tasks.glue import infer_benchmark
 from bertfast.tasks.multiple_choice import CHOICE_COLUMNS, MultipleChoiceTask
 from bertfast.tasks.question_answering import QuestionAnsweringTask
 from bertfast.tasks.ranked_pairs import DOCUMENT_LISTS, LIST_LABELS, POSITIVES
@@ -28,7 +27,14 @@ from bertfast.tasks.ranked_pairs import NEEDED as NEEDED_BY_RERANKERS
 from bertfast.tasks.records import json_records
 from bertfast.tasks.reranking import RerankingTask
 from bertfast.tasks.sequence_classification import SequenceClassificationTask
-from bertfast.tasks.settings import ColumnSettings, TaskSettings
+from bertfast.tasks.settings import (
+    CLASSIFICATION_NAMES,
+    MULTIPLE_CHOICE_NAMES,
+    QUESTION_ANSWERING_NAMES,
+    TOKEN_CLASSIFICATION_NAMES,
+    ColumnSettings,
+    TaskSettings,
+)
 from bertfast.tasks.task import FINETUNING_TASK, Task
 from bertfast.tasks.text_groups import NEEDED, SCORE_COLUMNS, SECOND_COLUMNS
 from bertfast.tasks.token_classification import TokenClassificationTask
@@ -48,10 +54,10 @@ _NEEDED = (
 logger = logging.getLogger("bertfast")
 
 TASKS: dict[str, type[Task[Any]]] = {
-    **dict.fromkeys([*PROBLEM_TYPES, *BENCHMARKS], SequenceClassificationTask),
-    **dict.fromkeys(["multiple-choice", "swag"], MultipleChoiceTask),
-    **dict.fromkeys(["question-answering", "squad", "squad-2"], QuestionAnsweringTask),
-    **dict.fromkeys(["token-classification", "conll", "wnut"], TokenClassificationTask),
+    **dict.fromkeys(CLASSIFICATION_NAMES, SequenceClassificationTask),
+    **dict.fromkeys(MULTIPLE_CHOICE_NAMES, MultipleChoiceTask),
+    **dict.fromkeys(QUESTION_ANSWERING_NAMES, QuestionAnsweringTask),
+    **dict.fromkeys(TOKEN_CLASSIFICATION_NAMES, TokenClassificationTask),
     "embedding": EmbeddingTask,
     "reranking": RerankingTask,
 }
@@ -72,15 +78,13 @@ def choose_task(settings: TaskSettings, *, file: str | None = None, config: Bert
         config: Configuration of a fine-tuned model.
 
     Raises:
-        ValueError: There is no task of that name, the model was fine-tuned for a task of another kind, or a flag has no
+        ValueError: The model was fine-tuned for a task of another kind, or a flag has no
             effect on the task.
     """
     name, architectures = settings.task, [] if config is None else config.architectures or []
     task_of_model = getattr(config, FINETUNING_TASK, None)
     if name == "auto" and task_of_model in TASKS:
         name = task_of_model
-    if name not in ("auto", *TASKS):
-        raise ValueError(f"there is no task {name!r}; choose --task from auto, {', '.join(TASKS)}")
     of_model = next((cls for cls in _TASK_CLASSES for model in _names(cls, config) if model in architectures), None)
     task_class = TASKS.get(name) or of_model or _by_file(file, settings.columns)
     if of_model is not None and not {*_names(task_class, config)} & {*architectures}:

@@ -86,6 +86,8 @@ class RerankingTask(Task[RankedPairs]):
         """Read a .tsv, .csv, .jsonl or .json file; see `Task.read`."""
         table = read_table(path, bad=self.bad_rows)
         pairs = read_ranked_pairs(table, self.settings.columns, labelled=labelled)
+        if labelled:
+            pairs = _without_negative_labels(pairs)
         if not len(pairs):
             raise ValueError(f"{path} has no usable rows")
         if labelled:
@@ -109,10 +111,11 @@ class RerankingTask(Task[RankedPairs]):
         """Check the labels; return one label, whose loss is the binary cross-entropy."""
         labels, largest = examples.labels or [], self.settings.embedding.max_score
         for index, label in enumerate(labels):
-            if not 0 <= label <= largest:
+            if label > largest:
                 where = examples.rows.where(examples.row_of_pair()[index])
                 raise ValueError(
-                    f"{where}: the label {label:g} is not from 0 to {largest:g}: --max-score names the largest one"
+                    f"{where}: the label {label:g} is not from 0 to {largest:g}: give the largest label of the file, "
+                    f"as in --max-score {max(labels):g}"
                 )
         if len({*labels}) < 2:
             raise ValueError(f"{examples.rows.file}: every label is {labels[0]:g}; reranking needs different labels")
@@ -201,6 +204,19 @@ class RerankingTask(Task[RankedPairs]):
     def _scores_of_rows(self, examples: RankedPairs, outputs: Outputs) -> Iterator[np.ndarray]:
         scores = self._scores(outputs)
         return (scores[start:end] for start, end in pairwise(accumulate(examples.sizes, initial=0)))
+
+
+def _without_negative_labels(pairs: RankedPairs) -> RankedPairs:
+    """Return the pairs of the rows without negative labels; the others are bad rows."""
+    bad: set[int] = set()
+    row_of_pair = pairs.row_of_pair()
+    for row, label in zip(row_of_pair, pairs.labels or [0.0] * len(pairs), strict=True):
+        if label < 0 and row not in bad:
+            bad.add(row)
+            pairs.rows.reject(
+                row, f"the label {label:g} is negative: write 0 for a document that does not answer the query"
+            )
+    return pairs.select([index for index, row in enumerate(row_of_pair) if row not in bad]) if bad else pairs
 
 
 def _has_rankings(examples: RankedPairs) -> bool:

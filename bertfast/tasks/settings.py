@@ -19,8 +19,23 @@ from bertfast.runtime.settings import (
     refuse_repeated,
     refuse_without_effect,
 )
+from bertfast.tasks.glue import BENCHMARKS
+from bertfast.tasks.labels import PROBLEM_TYPES
 from bertfast.tasks.rows import OnBadRows
 
+# What --task may be, by the kind of problem.
+CLASSIFICATION_NAMES = (*PROBLEM_TYPES, *BENCHMARKS)
+MULTIPLE_CHOICE_NAMES = ("multiple-choice", "swag")
+QUESTION_ANSWERING_NAMES = ("question-answering", "squad", "squad-2")
+TOKEN_CLASSIFICATION_NAMES = ("token-classification", "conll", "wnut")
+TASK_NAMES = (
+    *CLASSIFICATION_NAMES,
+    *MULTIPLE_CHOICE_NAMES,
+    *QUESTION_ANSWERING_NAMES,
+    *TOKEN_CLASSIFICATION_NAMES,
+    "embedding",
+    "reranking",
+)
 MANY_TOKENS = 8192
 """Approximate tokens per batch where --eval-tokens is not given, except on a CPU."""
 
@@ -169,3 +184,7 @@ class TaskSettings(Settings):
     question_answering: QuestionAnsweringSettings = field(default_factory=QuestionAnsweringSettings)
     embedding: EmbeddingSettings = field(default_factory=EmbeddingSettings)
     compute: ComputeSettings = field(default_factory=ComputeSettings)
+
+    def validate(self) -> None:
+        if self.task not in ("auto", *TASK_NAMES):
+            raise ValueError(f"there is no task {self.task!r}; choose --task from auto, {', '.join(TASK_NAMES)}")

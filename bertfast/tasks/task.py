@@ -198,6 +198,10 @@ class Task(ABC, Generic[Examples]):
     def compute_metrics(self, examples: Examples, features: Features, outputs: Outputs) -> dict[str, float]:
         """Compute the metrics, those that are undefined as NaN; empty if the examples have no labels."""
 
+    def untrainable(self, examples: Examples) -> str | None:
+        """Return why nothing can be learned from labelled examples; None: it can. `label_config` has been called."""
+        return None
+
     def unmeasurable(self, examples: Examples, features: Features) -> dict[str, str]:
         """Return the metrics that labelled examples leave undefined for any predictions, and why each is."""
         return {}

@@ -6,6 +6,7 @@ Shapes: E examples, C texts of each.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,11 +115,15 @@ def read_groups(table: Table, columns: ColumnSettings, *, labelled: bool) -> Tex
     chosen = GroupColumns.choose(table, columns)
     texts: list[tuple[str, ...]] = []
     complete = []
-    for index, values in enumerate(zip(*map(table.column, chosen.texts), strict=True)):
-        group = _texts_of_row(chosen.texts, values)
-        if isinstance(group, tuple) and texts and len(group) != len(texts[0]):
-            negatives, first = counted(len(group) - 2, "negative"), len(texts[0]) - 2
-            group = f"{negatives} where the first row has {first}: give as many in each row"
+    groups_of_rows = [
+        _texts_of_row(chosen.texts, values) for values in zip(*map(table.column, chosen.texts), strict=True)
+    ]
+    counts = Counter(len(group) for group in groups_of_rows if isinstance(group, tuple))
+    usual = max(counts, key=counts.__getitem__, default=0)  # of equally frequent ones, that of the first row
+    for index, group in enumerate(groups_of_rows):
+        if isinstance(group, tuple) and len(group) != usual:
+            negatives = counted(len(group) - 2, "negative")
+            group = f"{negatives} where other rows have {usual - 2}: give as many in each row"
         if isinstance(group, str):
             table.rows.reject(index, group)
         else:
@@ -140,10 +145,13 @@ def _texts_of_row(names: Sequence[str], values: Sequence[Any]) -> tuple[str, ...
 
     Args:
         names: Names of the columns of the anchor, the positive and negatives.
-        values: Their values in the row: texts, in JSON also lists of texts, of which a positive has one.
+        values: Their values in the row: texts, in JSON also lists of texts, of which a positive has one. A shorter list
+            than others has no value in the last columns.
     """
     texts: list[str] = []
-    for column, (name, value) in enumerate(zip(names, values, strict=True)):
+    while len(values) > 2 and values[-1] is None:
+        values = values[:-1]
+    for column, (name, value) in enumerate(zip(names, values, strict=False)):
         found = value if column and isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in found):
             return f"column {name!r} {not_text(value)}"

@@ -54,6 +54,7 @@ class EvaluateSettings(TaskSettings):
     overwrite_output_dir: bool = False
 
     def validate(self) -> None:
+        super().validate()
         if self.output_dir is None:
             flags = {"--overwrite-output-dir"}.intersection(given(self))
             refuse_without_effect(flags, "there is no --output-dir")

@@ -14,12 +14,16 @@ from tokenizers import Tokenizer
 from transformers import BertConfig
 
 from bertfast.models.files import resolve
+from bertfast.runtime.settings import flag
 from bertfast.tasks.features import Buckets, CutTexts, Features, ModelInputs, shuffled_batches, within_budget
 from bertfast.tasks.pretrained import open_tokenizer
 from bertfast.tasks.task import Task
 from bertfast.training.distributed import Distributed
 from bertfast.training.finetune_model import choose_metric, finetuning_task, model_config
 from bertfast.training.finetune_settings import FinetuneSettings
+
+# Settings that limit the examples of each split.
+_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
 
 
 @dataclass(frozen=True)
@@ -90,19 +94,21 @@ def featurize(
         The examples that have features, and their features.
 
     Raises:
-        ValueError: The validation data leaves that metric undefined.
+        ValueError: The validation data leaves that metric undefined, or the loss of the training data is always 0.
     """
     length, files = task.max_length(), data_files(settings)
     kept, features = {}, {}
-    samples = settings.samples
-    limits = {
-        "train": samples.max_train_samples,
-        "validation": samples.max_eval_samples,
-        "test": samples.max_predict_samples,
-    }
+    limits = settings.samples.flat()
+    cut_by: dict[str, str] = {}  # flags by split
     for split, read in examples.items():
-        if (limit := limits[split]) is not None and limit < len(read):
+        name = _LIMITS[split]
+        if (limit := limits[name]) is not None and limit < len(read):
             read = read.select(range(limit))
+            cut_by[split] = f"{flag(name)} {limit}"
+            if split == "train" and (reason := task.untrainable(read)) is not None:
+                raise ValueError(
+                    f"{files[split]}: with {cut_by[split]}, {reason}: choose more samples, or leave the flag out"
+                )
         kept[split], features[split] = task.featurize(read, tokenizer, length)
         cut = CutTexts(files[split], length)
         cut.add(features[split])
@@ -111,10 +117,12 @@ def featurize(
         reasons = task.unmeasurable(kept["validation"], features["validation"])
         if metric in reasons:
             others = [name for name in task.metrics if name not in reasons]
-            remedy = f", or choose {' or '.join(others)} by --metric-for-best-model" * bool(others)
+            remedies = ["choose more samples" if "validation" in cut_by else "give other validation data"]
+            remedies += [f"choose {' or '.join(others)} by --metric-for-best-model"] * bool(others)
+            cause = f"with {cut_by['validation']}, " if "validation" in cut_by else ""
             raise ValueError(
-                f"{files['validation']}: {reasons[metric]}, so {metric} cannot be measured: give other validation "
-                f"data{remedy}"
+                f"{files['validation']}: {cause}{reasons[metric]}, so {metric} cannot be measured: "
+                f"{', or '.join(remedies)}"
             )
     return kept, features
 

@@ -265,6 +265,7 @@ class FinetuneBase(TaskSettings):
     compute: FloatingPointSettings = field(default_factory=FloatingPointSettings)
 
     def validate(self) -> None:
+        super().validate()
         evaluation = self.evaluation
         names = {"--eval-steps", "--early-stopping-patience", "--metric-for-best-model"}.intersection(given(evaluation))
         if self.validation_file is None:

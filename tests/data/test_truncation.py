@@ -103,7 +103,7 @@ def test_windows_of_contexts_and_sentences_for_pretraining_are_whole(tmp_path):
     assert [*encode_sentences(left, TEXTS)] == [*encode_sentences(right, TEXTS)]
     question = Question("1", "a b", TEXTS[0] * 4, ())
     questions = Questions([question], Rows("file", [1], None), False)
-    task = QuestionAnsweringTask(TaskSettings.of(model_name_or_path=""))
+    task = QuestionAnsweringTask(TaskSettings.of(model_name_or_path="model"))
     found = [task.featurize(replace(questions), tokenizer, 16)[1] for tokenizer in (left, right)]
     assert len(found[0].cu_seqlens) > 2
     assert rows_of(found[0]) == rows_of(found[1])

@@ -31,7 +31,7 @@ from bertfast.training.finetuning import finetune
 
 
 def logits_of(model: BertForSequenceClassification, features: Features, tokens: int = 1000) -> np.ndarray:
-    settings = PredictSettings.of(model_name_or_path="", eval_tokens=tokens, precision="fp32")
+    settings = PredictSettings.of(model_name_or_path="model", eval_tokens=tokens, precision="fp32")
     return np.stack(predict_outputs(SequenceClassificationTask(settings), model, features))
 
 
@@ -157,7 +157,7 @@ def test_a_model_of_another_task_is_refused(tuned, task, capsys):
 def test_a_long_file_is_read_in_parts(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("sentence\n" + "good\n" * 5000)
-    task = SequenceClassificationTask(PredictSettings.of(model_name_or_path=""))
+    task = SequenceClassificationTask(PredictSettings.of(model_name_or_path="model"))
     parts = [examples.rows.numbers for examples in task.read_chunks(str(path))]
     assert {len(numbers) for numbers in parts} == {1000}
     assert (parts[0][0], parts[4][-1]) == (1, 5000)

@@ -334,7 +334,7 @@ def test_replayed_embeddings_are_bitwise_identical_with_eager(
     pooling, pretrained, tmp_path, monkeypatch, as_on_a_device
 ):
     options = {"pooling": pooling, "eval_tokens": 60, "device": "cpu", "precision": "fp32"}
-    settings = embedding.EmbedSettings.of(model_name_or_path="", output_dir="", **options)
+    settings = embedding.EmbedSettings.of(model_name_or_path="model", output_dir="out", **options)
     model = BertModel.from_pretrained(pretrained)
     random_ = random.Random(0)
     texts = [" ".join(random_.choices(FILLERS, k=random_.randint(3, 9))) for _ in range(80)]

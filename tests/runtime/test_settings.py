@@ -241,6 +241,9 @@ WAYS = ["constructor", "of", "replace", "dataclasses.replace"]
         ({"sizes": 32}, {"sizes": [32]}),
         ({"sizes": (32, np.int64(16))}, {"sizes": [32, 16]}),
         ({"sizes": range(1, 3)}, {"sizes": [1, 2]}),
+        ({"sizes": np.array([32, 16])}, {"sizes": [32, 16]}),
+        ({"sizes": np.array(32)[()]}, {"sizes": [32]}),
+        ({"words": np.array(["conv", "lin"])}, {"words": ("conv", "lin")}),
         ({"rate": np.float32(0.25), "plain": np.int32(3)}, {"rate": 0.25, "plain": 3}),
         ({"rate": 1}, {"rate": 1}),
     ],
@@ -269,6 +272,10 @@ def test_values_are_kept_as_json_can_hold_them(values, kept, how):
         ({"files": None}, "--files must be a string, got None"),
         ({"sizes": "32"}, "--sizes must be an integer, got '32'"),
         ({"sizes": True}, "--sizes must be an integer, got True"),
+        ({"sizes": {8}}, r"--sizes must be a list of integers, got \{8\}"),
+        ({"sizes": np.ones((1, 2))}, r"--sizes must be a list of integers, got array\(\[\[1., 1.\]\]\)"),
+        ({"file": ""}, "--file is empty: give a value"),
+        ({"files": ["a", ""]}, "--files is empty: give a value"),
         ({"sizes": [8, 0]}, "--sizes must be at least 1, got 0"),
         ({"rate": "0.5"}, "--rate must be a number, got '0.5'"),
         ({"rate": np.nan}, "--rate must be finite, got nan"),
@@ -279,6 +286,19 @@ def test_values_are_kept_as_json_can_hold_them(values, kept, how):
 def test_values_of_another_type_are_refused(values, message, how):
     with pytest.raises(ValueError, match=f"^{message}$"):
         built(how, **values)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_an_iterator_is_taken_as_a_list(how):
+    assert built(how, sizes=(size for size in (32, 16))).sizes == [32, 16]
+
+
+def test_a_task_and_an_output_folder_are_checked_when_settings_are_built():
+    where = {"model_name_or_path": "m", "train_file": "a.tsv", "output_dir": "o"}
+    with pytest.raises(ValueError, match="there is no task 'embeddings'; choose --task from auto, sequence-class"):
+        FinetuneSettings.of(**where, task="embeddings")
+    with pytest.raises(ValueError, match=r"^--output-dir is empty: give a value$"):
+        FinetuneSettings.of(**where | {"output_dir": ""})
 
 
 def settings_classes() -> list[type[Settings]]:

@@ -150,8 +150,27 @@ def test_lines_of_lists_tell_the_task(tmp_path):
     settings = TaskSettings.of(model_name_or_path="model")
     assert isinstance(choose_task(settings, file=str(tmp_path / "a.jsonl")), EmbeddingTask)
     (tmp_path / "a.jsonl").write_text('["a", 3]\n')
-    with pytest.raises(ValueError, match="line 1: not an object like"):
+    with pytest.raises(ValueError, match=r"line 1: neither a list of two or more texts, like .*, nor an object like"):
         task().read(str(tmp_path / "a.jsonl"), labelled=True)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (["e", "f", "g"], "line 2: 1 negative where other rows have 0: give as many in each row"),
+        (["e"], "line 2: neither a list of two or more texts, like"),
+        (["e", ["f"]], "line 2: neither a list of two or more texts, like"),
+        (["e", "\ud800"], r"line 2: unpaired surrogate \\ud800"),
+    ],
+)
+def test_the_bad_line_of_lists_of_texts_is_named(bad, message, tmp_path):
+    rows = [["a", "b"], bad, ["c", "d"]]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        task().read(str(file), labelled=True)
+    found = task(on_bad_rows="skip").read(str(file), labelled=True)
+    assert (found.texts, found.rows.numbers) == ([("a", "b"), ("c", "d")], [1, 3])
 
 
 def test_rows_with_a_blank_text_are_skipped_on_request(tmp_path):
@@ -214,7 +233,7 @@ def test_columns_can_be_named(tmp_path):
         (
             [{"query": "a", "pos": "b", "neg": ["c", "d"]}, {"query": "a", "pos": "b", "neg": ["c"]}],
             {},
-            r"line 2: 1 negative where the first row has 2: give as many in each row",
+            r"line 2: 1 negative where other rows have 2: give as many in each row",
         ),
         (
             [{"anchor": "a", "positive": "b"}],

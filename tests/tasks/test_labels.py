@@ -9,7 +9,7 @@ from bertfast.tasks.settings import TaskSettings
 
 
 def task_for(name: str = "auto", **settings) -> SequenceClassificationTask:
-    return SequenceClassificationTask(TaskSettings.of(model_name_or_path="", task=name, **settings))
+    return SequenceClassificationTask(TaskSettings.of(model_name_or_path="model", task=name, **settings))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ HEADER = ",video-id,fold-ind,startphrase,sent1,sent2,gold-source,ending0,ending1
 
 
 def task_for(**settings) -> MultipleChoiceTask:
-    task = MultipleChoiceTask(TaskSettings.of(model_name_or_path="", **settings))
+    task = MultipleChoiceTask(TaskSettings.of(model_name_or_path="model", **settings))
     task.set_config(BertConfig())
     return task
 
@@ -106,15 +106,15 @@ def test_codah_has_the_published_number_of_rows(shared_data):
 def test_task_is_inferred_from_the_file(name, text, task_class, tmp_path):
     path = tmp_path / name
     path.write_text(text)
-    assert type(choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))).__name__ == task_class
+    assert type(choose_task(TaskSettings.of(model_name_or_path="model"), file=str(path))).__name__ == task_class
 
 
 def test_a_conll_file_named_like_a_table_is_named_with_the_remedy(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text("Ann\tB-PER\nsees\tO\n\nRome\tB-LOC\n")
     with pytest.raises(ValueError, match=r"a\.tsv looks like a CoNLL file, .*: add --task token-classification"):
-        choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))
-    settings = TaskSettings.of(model_name_or_path="", task="token-classification")
+        choose_task(TaskSettings.of(model_name_or_path="model"), file=str(path))
+    settings = TaskSettings.of(model_name_or_path="model", task="token-classification")
     assert len(choose_task(settings, file=str(path)).read(str(path), labelled=True)) == 2
 
 
@@ -134,7 +134,7 @@ CHOICES = [{"sent1": "a", "endings": ["b", "é"], "label": 0}, {"sent1": "[c", "
 def test_choices_in_a_json_file_are_read(text, tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(text.encode())
-    task = choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))
+    task = choose_task(TaskSettings.of(model_name_or_path="model"), file=str(path))
     examples = task.read(str(path), labelled=True)
     assert (examples.texts, examples.endings) == (["a", "[c"], [["b", "é"], ["d,", "]"]])
     assert (examples.labels, examples.rows.numbers) == ([0, 1], [1, 2])
@@ -174,7 +174,7 @@ def test_the_columns_that_multiple_choice_needs_are_named(names, tmp_path):
     path = tmp_path / "a.json"
     row = {"context": "a", "question": "b", "sent1": "c", "text": "d", "choices": ["x", "y"], "endings": ["x", "y"]}
     path.write_text(json.dumps([{name: row[name] for name in names} | {"label": 1}]))
-    task = choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))
+    task = choose_task(TaskSettings.of(model_name_or_path="model"), file=str(path))
     with pytest.raises(ValueError, match=rf"a\.json: multiple choice needs the columns sent1.*rename .*'{names[0]}'"):
         task.read(str(path), labelled=True)
 

@@ -23,7 +23,7 @@ def tokenizer():
 
 
 def task_for(unanswerable: bool = False, **settings) -> QuestionAnsweringTask:
-    task = QuestionAnsweringTask(TaskSettings.of(model_name_or_path="", **settings))
+    task = QuestionAnsweringTask(TaskSettings.of(model_name_or_path="model", **settings))
     task.set_config(BertConfig(unanswerable=unanswerable))
     return task
 

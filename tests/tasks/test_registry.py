@@ -64,12 +64,12 @@ def test_the_inferred_task_is_named():
 def test_the_names_in_the_first_object_that_can_be_read_tell_the_task(suffix, names, task, tmp_path):
     path, rows = tmp_path / f"a{suffix}", ["3", json.dumps(dict.fromkeys(names, "x"))]
     path.write_text(f"[{', '.join(rows)}]" if suffix == ".json" else "\n".join(rows))
-    assert type(choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))) is task
+    assert type(choose_task(TaskSettings.of(model_name_or_path="model"), file=str(path))) is task
 
 
 def test_a_table_of_queries_documents_and_labels_trains_rerankers(tmp_path):
     (tmp_path / "a.tsv").write_text("query\tdocument\tlabel\nq\td\t1\n")
-    assert type(choose_task(TaskSettings.of(model_name_or_path=""), file=str(tmp_path / "a.tsv"))) is RerankingTask
+    assert type(choose_task(TaskSettings.of(model_name_or_path="model"), file=str(tmp_path / "a.tsv"))) is RerankingTask
 
 
 @pytest.mark.parametrize("names", [("query", "positive"), ("query", "pos", "neg"), ("query", "positive", "label")])
@@ -80,7 +80,7 @@ def test_queries_and_positives_fit_two_tasks(names, tmp_path):
         with pytest.raises(
             ValueError, match=r"queries and their positives, .*: add --task embedding or --task reranki"
         ):
-            choose_task(TaskSettings.of(model_name_or_path=""), file=str(tmp_path / file))
+            choose_task(TaskSettings.of(model_name_or_path="model"), file=str(tmp_path / file))
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz"])
@@ -91,8 +91,8 @@ def test_a_file_that_fits_no_task_is_refused_with_the_columns_that_are_needed(na
     with pytest.raises(
         ValueError, match=f"{needed} multiple choice sent1, .*question answering question, context.*reranking query, d"
     ):
-        choose_task(TaskSettings.of(model_name_or_path=""), file=str(path))
-    settings = TaskSettings.of(model_name_or_path="", text_column="review", label_column="stars")
+        choose_task(TaskSettings.of(model_name_or_path="model"), file=str(path))
+    settings = TaskSettings.of(model_name_or_path="model", text_column="review", label_column="stars")
     assert isinstance(choose_task(settings, file=str(path)), SequenceClassificationTask)
 
 
@@ -107,7 +107,7 @@ def test_a_file_that_fits_no_task_is_refused_with_the_columns_that_are_needed(na
 def test_the_task_that_a_file_looks_like_is_reported(name, text, task, tmp_path, caplog):
     caplog.set_level("INFO")
     (tmp_path / name).write_text(text)
-    choose_task(TaskSettings.of(model_name_or_path=""), file=str(tmp_path / name))
+    choose_task(TaskSettings.of(model_name_or_path="model"), file=str(tmp_path / name))
     assert [record.getMessage() for record in caplog.records] == [f"inferred --task {task} from {tmp_path / name}"]
 
 
@@ -116,4 +116,4 @@ def test_one_object_on_several_lines_is_not_taken_for_squad(tmp_path):
     with pytest.raises(
         ValueError, match=r"one object on several lines, with 'label', 'sentence': write each object on"
     ):
-        choose_task(TaskSettings.of(model_name_or_path=""), file=str(tmp_path / "a.json"))
+        choose_task(TaskSettings.of(model_name_or_path="model"), file=str(tmp_path / "a.json"))

@@ -111,8 +111,11 @@ def test_the_first_row_with_a_blank_text_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "changes", "message"),
     [
-        ([0, 5], {}, r"line 2: the label 5 is not from 0 to 1: --max-score names the largest one"),
-        ([0, -1], {"max_score": 5.0}, r"line 2: the label -1 is not from 0 to 5"),
+        (
+            [0, 5],
+            {},
+            r"line 2: the label 5 is not from 0 to 1: give the largest label of the file, as in --max-score 5",
+        ),
         ([1, 1], {}, r"every label is 1; reranking needs different labels"),
     ],
 )
@@ -122,6 +125,17 @@ def test_labels_that_cannot_be_trained_are_named(labels, changes, message, tmp_p
     pairs = reader.read(write(tmp_path / "a.jsonl", *rows), labelled=True)
     with pytest.raises(ValueError, match=message):
         reader.label_config(pairs)
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_rows_with_a_negative_label_are_named_or_skipped(lists, tmp_path):
+    rows = [{"query": "q", "docs": ["a", "b"], "labels": [label, 0]} for label in (1, -1, 0)]
+    if not lists:
+        rows = [{"query": "q", "passage": "a", "label": label} for label in (1, -1, 0)]
+    file = write(tmp_path / "a.jsonl", *rows)
+    with pytest.raises(ValueError, match="line 2: the label -1 is negative: write 0 for a document that does not"):
+        task().read(file, labelled=True)
+    assert task(on_bad_rows="skip").read(file, labelled=True).rows.numbers == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_spellings_of_a_number_are_one_label_and_nan_is_none():
 
 
 def task_for(name: str = "auto", **settings) -> SequenceClassificationTask:
-    return SequenceClassificationTask(TaskSettings.of(model_name_or_path="", task=name, **settings))
+    return SequenceClassificationTask(TaskSettings.of(model_name_or_path="model", task=name, **settings))
 
 
 def encoded(folder: Path, name: str, text: str, config: BertConfig, **settings):

@@ -53,7 +53,7 @@ def test_files_whose_meaning_is_clear_are_read(name, content, tmp_path):
 
 def test_lines_with_a_question_and_a_context_are_recognised(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(FLAT))
-    task = choose_task(TaskSettings.of(model_name_or_path=""), file=str(tmp_path / "a.jsonl"))
+    task = choose_task(TaskSettings.of(model_name_or_path="model"), file=str(tmp_path / "a.jsonl"))
     assert isinstance(task, QuestionAnsweringTask)
 
 
@@ -191,7 +191,7 @@ def test_malformed_articles_and_paragraphs_are_bad_rows(article, message, tmp_pa
 def test_malformed_articles_are_listed_among_the_predictions(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"data": [None, *squad(GOOD)["data"]]}))
-    task = QuestionAnsweringTask(TaskSettings.of(model_name_or_path="", on_bad_rows="skip"))
+    task = QuestionAnsweringTask(TaskSettings.of(model_name_or_path="model", on_bad_rows="skip"))
     [questions] = task.read_chunks(str(path))
     aligned = [(row, row_id, str(value)) for row, row_id, value in questions.rows.aligned(["answer"])]
     assert aligned[0][:2] == (1, None)

@@ -79,7 +79,7 @@ SWALLOWED = "text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(9))
         ("a.csv", 'sentence,label\n"one, and",1\ntwo\n', "line 3: 1 field where the header has 2"),
         ("a.odt", "sentence,label\n", "unknown file type; use one of .tsv"),
         ("a.jsonl", '{"sentence": "x"}\n{"sentence"\n', "line 2: not JSON (Expecting ':' delimiter at column 12)"),
-        ("a.jsonl", '["x"]\n', "line 1: not an object"),
+        ("a.jsonl", '["x"]\n', "line 1: neither a list of two or more texts"),
         (
             "a.jsonl",
             '{"sentence": "x"}\n{"text": "y"}\n',
@@ -225,4 +225,4 @@ def test_named_pipes_are_read_or_refused_with_the_remedy(suffix, tmp_path):
         writer.join()
         return
     with pytest.raises(ValueError, match=r"is a pipe, which can be read only once: write its text to a file"):
-        choose_task(TaskSettings.of(model_name_or_path=""), file=str(path)).read(str(path), labelled=True)
+        choose_task(TaskSettings.of(model_name_or_path="model"), file=str(path)).read(str(path), labelled=True)

@@ -20,7 +20,7 @@ def tokenizer():
 
 
 def task_for(**settings) -> TokenClassificationTask:
-    task = TokenClassificationTask(TaskSettings.of(model_name_or_path="", **settings))
+    task = TokenClassificationTask(TaskSettings.of(model_name_or_path="model", **settings))
     task.set_config(BertConfig(id2label=dict(enumerate(NAMES))))
     return task
 
@@ -212,7 +212,7 @@ def test_word_without_tokens_has_a_predicted_tag(tokenizer, tmp_path):
     ("tags", "named"), [("b-per/i-per/O", "'b-per'"), ("B_PER/O/O", "'B_PER'"), ("NOUN/b/O", None)]
 )
 def test_tags_that_nearly_mark_entities_are_reported(tags, named, tmp_path, caplog):
-    task = TokenClassificationTask(TaskSettings.of(model_name_or_path=""))
+    task = TokenClassificationTask(TaskSettings.of(model_name_or_path="model"))
     first, second, third = tags.split("/")
     path = write(tmp_path / "a.conll", f"ann/{first} lives/{second} here/{third}")
     task.label_config(task.read(path, labelled=True))
@@ -223,7 +223,7 @@ def test_tags_that_nearly_mark_entities_are_reported(tags, named, tmp_path, capl
 
 def test_parts_of_speech_are_measured_by_accuracy_and_loss(tokenizer, tmp_path):
     """F1 of entities is 0 with every model where tags mark none, so that it cannot choose the best one."""
-    task = TokenClassificationTask(TaskSettings.of(model_name_or_path=""))
+    task = TokenClassificationTask(TaskSettings.of(model_name_or_path="model"))
     examples = task.read(write(tmp_path / "pos.conll", "ann/NOUN lives/VERB", "rome/NOUN"), labelled=True)
     task.set_config(BertConfig(**task.label_config(examples)))
     assert task.metrics == ("accuracy", "loss")

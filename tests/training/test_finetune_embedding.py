@@ -300,9 +300,10 @@ def test_what_embeddings_do_not_have_is_refused(changes, message, pretrained, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_batch_of_one_pair_and_untrained_sizes_are_said(pretrained, tmp_path, caplog):
-    file = write_pairs(tmp_path / "a.tsv", "pairs", 4)
+@pytest.mark.parametrize(("form", "lacking"), [("pairs", "negatives"), ("scored", "other score")])
+def test_a_batch_of_one_pair_and_untrained_sizes_are_said(form, lacking, pretrained, tmp_path, caplog):
+    file = write_pairs(tmp_path / "a.tsv", form, 4)
     options = {"per_device_train_batch_size": 1, "num_train_epochs": 1, "matryoshka_dims": [8]}
     finetune(settings_for(pretrained, file, tmp_path / "out", **options))
-    assert caplog.text.count("a batch of one pair has no negatives, and its loss is 0: choose larger batches") == 1
+    assert caplog.text.count(f"a batch of one pair has no {lacking}, and its loss is 0: choose larger batches") == 1
     assert "--matryoshka-dims lacks 32, the size of whole embeddings, which are not trained" in caplog.text

@@ -212,6 +212,23 @@ def test_a_reranker_can_be_an_adapter_of_a_classifier(tuned, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(("first", "second"), [("reranking", "embedding"), ("embedding", "reranking")])
+def test_embeddings_and_rerankers_start_from_adapters_of_each_other(first, second, pretrained, tmp_path):
+    """With --pooling, as an adapter of a reranker has modules without one."""
+    forms = {"reranking": "labelled", "embedding": "pairs"}
+    files = {task: write_pairs(tmp_path / f"{task}.tsv", form, 24) for task, form in forms.items()}
+    finetune(settings_for(first, pretrained, files[first], tmp_path / "a", max_steps=3, **LORA))
+    options = {"pooling": "mean"} if second == "embedding" else {}
+    run = Finetuning(settings_for(second, tmp_path / "a", files[second], tmp_path / "b", max_steps=1, **options))
+    key = "encoder.layer.0.attention.self.query"
+    saved = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    prefix = "bert." * (first == "reranking")
+    up, down = (saved[f"base_model.model.{prefix}{key}.lora_{side}.weight"] for side in "BA")
+    base = load(bertfast.BertModel, pretrained)[0]
+    expected = base.get_parameter(f"{key}.weight") + 2 * up @ down
+    torch.testing.assert_close(run.model.base_model.get_parameter(f"{key}.weight"), expected)
+
+
 def test_adapters_of_embeddings_are_opened_by_all_commands(pretrained, tmp_path, capsys):
     file = write_pairs(tmp_path / "a.tsv", "pairs", 24)
     finetune(settings_for("embedding", pretrained, file, tmp_path / "out", max_steps=3, **LORA))

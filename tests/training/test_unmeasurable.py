@@ -66,6 +66,14 @@ def test_a_deciding_metric_that_is_undefined_is_refused_before_the_run(task, pre
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_limit_of_samples_is_named_as_the_cause(split, pretrained, tmp_path):
+    settings = settings_for("embedding", pretrained, tmp_path, **{f"max_{split}_samples": 1})
+    message = rf"with --max-{split}-samples 1, every score is .*: choose more samples"
+    with pytest.raises(ValueError, match=message):
+        finetune(settings.replace(validation_file=settings.train_file))
+
+
 OTHERS = {"regression": "loss", "cola": "accuracy", "multi-label": "accuracy", "token-classification": "accuracy"}
 
 
