@@ -142,7 +142,7 @@ def test_the_fused_encoder_of_a_saved_head_and_a_new_head_on_an_encoder(tmp_path
 @pytest.mark.parametrize(
     ("heading", "named"),
     [
-        (None, "LOAD REPORT"),  # that of the installed version
+        (None, "classifier"),  # that of the installed version
         ("Some weights were not initialized from the model checkpoint at None and are", "checkpoint at {} and are"),
     ],
 )
