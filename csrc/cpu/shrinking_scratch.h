@@ -1,7 +1,5 @@
 // A Scratch of the calling thread whose size depends on the batch, and that does not stay that of the largest batch.
 #pragma once
-#include <optional>
-
 #include "scratch.h"
 
 namespace bertfast::BERTFAST_SET {
@@ -12,22 +10,20 @@ class ShrinkingScratch {
   // quarter of a large one, what they do not need is given back.
   template <class T>
   T* reserve(int64_t count) {
-    const int64_t bytes = count * (int64_t)sizeof(T);
-    if (bytes > size_) size_ = bytes;
+    const size_t bytes = count * sizeof(T);
     if (bytes > recent_) recent_ = bytes;
     if (++calls_ == CALLS) {
-      if (size_ > SMALL && size_ / 4 > recent_) scratch_.emplace(), size_ = recent_;
+      if (scratch_.size() > SMALL && scratch_.size() / 4 > recent_) scratch_.release();
       calls_ = 0, recent_ = 0;
     }
-    if (!scratch_) scratch_.emplace();
-    return scratch_->template reserve<T>(count);
+    return scratch_.reserve<T>(count);
   }
 
  private:
-  static constexpr int CALLS = 256;            // of an operation: some calls of a model
-  static constexpr int64_t SMALL = 4LL << 20;  // bytes, below which nothing is given back
-  std::optional<Scratch> scratch_;
-  int64_t size_ = 0, recent_ = 0;
+  static constexpr int CALLS = 256;           // of an operation: some calls of a model
+  static constexpr size_t SMALL = 4UL << 20;  // bytes, below which nothing is given back
+  Scratch scratch_;
+  size_t recent_ = 0;  // most bytes of these calls
   int calls_ = 0;
 };
 

@@ -251,10 +251,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
   static_assert(sizeof(Memory) <= MAX_SHARED_BYTES);
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Memory::STAGES; ++stage) {
-      init(&memory.full[stage], 1);
-      init(&memory.empty[stage], CONSUMERS / 32);
-    }
+    init_ring(memory.full, memory.empty);
     for (int i = 0; i < 4; ++i) {
       init(&memory.q_full[i / 2][i % 2], 1);
       init(&memory.q_empty[i / 2][i % 2], CONSUMERS / 32 / 2);

@@ -259,6 +259,15 @@ DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 // The calling thread's consumer.
 DEVICE int consumer_index() { return uniform((int)threadIdx.x / 128 - 1); }
 
+// Initialise the barriers of a ring of stages, which one thread fills and all warps of consumers empty.
+template <int STAGES>
+DEVICE void init_ring(uint64_t (&full)[STAGES], uint64_t (&empty)[STAGES]) {
+  for (int stage = 0; stage < STAGES; ++stage) {
+    init(&full[stage], 1);
+    init(&empty[stage], CONSUMERS / 32);
+  }
+}
+
 // Warp specialisation: one thread runs `load`, two warpgroups run `compute`.
 template <class Load, class Compute>
 DEVICE void specialize_warps(const Load& load, const Compute& compute) {

@@ -254,14 +254,8 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
   static_assert(sizeof(Memory) <= MAX_SHARED_BYTES);
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < Memory::KEY_STAGES; ++stage) {
-      init(&memory.keys_full[stage], 1);
-      init(&memory.keys_empty[stage], CONSUMERS / 32);
-    }
-    for (int stage = 0; stage < Memory::STAGES; ++stage) {
-      init(&memory.full[stage], 1);
-      init(&memory.empty[stage], CONSUMERS / 32);
-    }
+    init_ring(memory.keys_full, memory.keys_empty);
+    init_ring(memory.full, memory.empty);
     fence_init();
   }
   zero_padding_slots((T*)a.d_qkv, a.cu_seqlens[a.sequences], a.capacity, (int64_t)3 * a.heads * D);

@@ -124,10 +124,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
   if (threadIdx.x == 0) {
     init(&memory.q_full, 1);
     init(&memory.q_empty, CONSUMERS / 32);
-    for (int stage = 0; stage < Memory::STAGES; ++stage) {
-      init(&memory.full[stage], 1);
-      init(&memory.empty[stage], CONSUMERS / 32);
-    }
+    init_ring(memory.full, memory.empty);
     fence_init();
   }
   specialize_warps([&] { load_work<D>(memory, scheduler, a, &qkv, &d_o); },
