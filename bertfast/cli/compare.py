@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from bertfast.data.docstrings import docstring_documents
-from bertfast.data.text_files import STANDARD_INPUT, read_lines, read_standard_input, require_file
+from bertfast.data.text_files import is_standard_input, read_lines, read_standard_input, require_input
 from bertfast.data.truncation import truncation_side
 from bertfast.encoder import has_token_types
+from bertfast.inference.text_rows import source_name
 from bertfast.models.bert import BertModel
 from bertfast.models.extensions import ExtendedBertConfig
 from bertfast.models.families import class_like
@@ -76,8 +77,7 @@ def open_both(name: str, settings: TextSettings) -> Comparison:
     Raises:
         ValueError: There is no text, or the model has parts that transformers does not have.
     """
-    if settings.input_file not in (None, "-"):
-        require_file(settings.input_file, "--input-file")
+    require_input(settings.input_file)
     folder, device = resolve(name), choose_device(settings.device)
     config = read_config(folder)
     if isinstance(config, ExtendedBertConfig):
@@ -126,8 +126,7 @@ def outputs(model: nn.Module, batch: dict[str, Tensor], autocast: torch.dtype | 
 def _batches(tokenizer: Tokenizer, settings: TextSettings, device: torch.device) -> list[dict[str, Tensor]]:
     texts = [*islice(filter(None, map(str.strip, _texts(settings.input_file))), settings.texts)]
     if not texts:
-        name = STANDARD_INPUT if settings.input_file == "-" else f"--input-file {settings.input_file}"
-        raise ValueError(f"{name} holds no text: it needs one text per line")
+        raise ValueError(f"{source_name(settings.input_file)} holds no text: it needs one text per line")
     batches = []
     for first in range(0, len(texts), settings.per_device_batch_size):
         encodings = tokenizer.encode_batch(texts[first : first + settings.per_device_batch_size])
@@ -142,7 +141,7 @@ def _batches(tokenizer: Tokenizer, settings: TextSettings, device: torch.device)
 
 def _texts(file: str | None) -> Iterator[str]:
     if file is not None:
-        yield from (line for _, line in (read_standard_input() if file == "-" else read_lines(Path(file))))
+        yield from (line for _, line in (read_standard_input() if is_standard_input(file) else read_lines(Path(file))))
     else:
         for _, _, paragraphs in docstring_documents(processes=1):
             yield from paragraphs

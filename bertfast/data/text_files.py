@@ -136,6 +136,17 @@ def read_arriving_lines(most: int, least: int = 1) -> Iterator[list[tuple[int, s
         yield group
 
 
+def is_standard_input(input_file: str | None) -> bool:
+    """Return whether an --input-file is standard input: "-", or none."""
+    return input_file is None or input_file == "-"
+
+
+def require_input(input_file: str | None) -> None:
+    """Raise FileNotFoundError if an --input-file is neither standard input nor a file."""
+    if input_file is not None and not is_standard_input(input_file):
+        require_file(input_file, "--input-file")
+
+
 def is_stream(name: Path | str) -> bool:
     """Return whether a text can be read only once: "-", which is standard input, or a pipe."""
     return name == "-" or Path(name).is_fifo()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bertfast.data.text_files import STANDARD_INPUT, require_file
+from bertfast.data.text_files import STANDARD_INPUT, is_standard_input, require_file, require_input
 from bertfast.encoder import encode
 from bertfast.inference.embed_settings import EmbedSettings
 from bertfast.inference.embedding_files import (
@@ -75,8 +75,7 @@ def embed(settings: EmbedSettings) -> Path:
         ValueError: There is no text, one cannot be read, or the folder has parts of other texts, another model or other
             settings.
     """
-    if settings.input_file not in (None, "-"):
-        require_file(settings.input_file, "--input-file")
+    require_input(settings.input_file)
     ranges = None
     if settings.ranges_file is not None:
         require_file(settings.ranges_file, "--ranges-file")
@@ -175,7 +174,7 @@ def _interruptible(settings: EmbedSettings) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if settings.input_file not in (None, "-"):
+        if not is_standard_input(settings.input_file):
             raise
         raise RunStopped(
             f"interrupted: {settings.output_dir} has the embeddings of a part of {STANDARD_INPUT}; to compute all, "
@@ -189,7 +188,8 @@ def _origin(settings: EmbedSettings, encoder: Encoder) -> Origin:
     inputs = {"--model-name-or-path": encoder.files}
     if settings.ranges_file is not None:
         inputs["--ranges-file"] = [Path(settings.ranges_file)]
-    if settings.input_file in (None, "-"):
+    file = settings.input_file or "-"
+    if is_standard_input(file):
         existing = (path for pattern in CONTENTS for path in Path(settings.output_dir).glob(pattern))
         if any(existing) and not settings.overwrite_output_dir:
             raise ValueError(
@@ -197,7 +197,7 @@ def _origin(settings: EmbedSettings, encoder: Encoder) -> Origin:
                 "choose another --output-dir, or pass --overwrite-output-dir to replace them"
             )
     else:
-        inputs["--input-file"] = [Path(settings.input_file)]
+        inputs["--input-file"] = [Path(file)]
     names = ("text_column", "text_pair_column", "layers", "output_format", "output_precision", "texts_per_part")
     values: dict[str, Any] = {flag(name): getattr(settings, name) for name in names}
     values |= {"--pooling": joined(encoder.modules), "--normalization": encoder.normalization}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bertfast.data.text_files import COMPRESSIONS
+from bertfast.data.text_files import COMPRESSIONS, is_standard_input
 from bertfast.inference.embedding_files import OutputFormat, OutputPrecision
 from bertfast.models.extensions import LAYERS
 from bertfast.models.sentence_modules import NormalizationName, PoolingName
@@ -88,7 +88,8 @@ class EmbedSettings(Settings):
     @property
     def reads_lines(self) -> bool:
         """Whether each line of the input is a text; else the input is a table."""
-        return self.input_file in (None, "-") or self.input_file.endswith(_TEXT_SUFFIXES)
+        name = self.input_file or "-"
+        return is_standard_input(name) or name.endswith(_TEXT_SUFFIXES)
 
     @property
     def has_ranges(self) -> bool:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bertfast.data.text_files import STANDARD_INPUT, read_arriving_lines, require_file
+from bertfast.data.text_files import STANDARD_INPUT, is_standard_input, read_arriving_lines, require_input
 from bertfast.inference.frozen import examples_to_begin, freeze_on_cpu, require_own_precision, uncaptured_buckets
 from bertfast.inference.text_rows import no_texts
 from bertfast.models.files import read_config, resolve
@@ -77,17 +77,16 @@ def predict(settings: PredictSettings) -> None:
         ValueError: There is no row, or one cannot be used.
     """
     file = "-" if settings.input_file is None else settings.input_file
-    if file != "-":
-        require_file(file, "--input-file")
+    require_input(file)
     task, model, tokenizer = open_finetuned(settings)
     require_own_precision(model, settings.compute.precision)
     if settings.all_probabilities and not task.has_probabilities:
         refuse_without_effect(["--all-probabilities"], "the task of the model has no labels with probabilities")
     length = task.max_length()
-    cut = CutTexts(STANDARD_INPUT if file == "-" else file, length)
+    cut = CutTexts(STANDARD_INPUT if is_standard_input(file) else file, length)
     is_empty = True
     with task.bad_rows.logged():
-        if file == "-":
+        if is_standard_input(file):
             parts = _from_lines(task, examples_to_begin(model, settings.compute.precision))
         else:
             parts = task.read_chunks(file)

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 import torch
 
-from bertfast.data.text_files import require_file
+from bertfast.data.text_files import is_standard_input, require_file, require_input
 from bertfast.inference.embed import embed_texts
 from bertfast.inference.embed_settings import EmbedSettings, Pooling
 from bertfast.inference.frozen import examples_to_begin
@@ -100,8 +100,7 @@ def search(settings: SearchSettings) -> None:
         ValueError: There is no query, or one cannot be read; the vectors are damaged, not complete or of another model;
             or texts to print have changed.
     """
-    if settings.input_file not in (None, "-"):
-        require_file(settings.input_file, "--input-file")
+    require_input(settings.input_file)
     folder = VectorFolder.open(Path(settings.embeddings_dir))
     embedding = _embed_settings(settings, folder)
     of_texts = _settings_of_texts(folder, embedding) if settings.print_texts else None
@@ -111,7 +110,7 @@ def search(settings: SearchSettings) -> None:
     logger.info("searching %d vectors of %s by %s", len(folder), folder.path, similarity)
     cut = CutTexts(source_name(settings.input_file), encoder.max_length)
     least, is_empty = 1, True
-    if settings.input_file in (None, "-"):
+    if is_standard_input(settings.input_file):
         least = examples_to_begin(encoder.model, settings.compute.precision)
     for rows in read_row_groups(embedding, _QUERIES, least):
         is_empty = False

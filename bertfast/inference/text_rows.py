@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from bertfast.data.text_files import STANDARD_INPUT, read_arriving_lines, read_lines, read_standard_input
+from bertfast.data.text_files import (
+    STANDARD_INPUT,
+    is_standard_input,
+    read_arriving_lines,
+    read_lines,
+    read_standard_input,
+)
 from bertfast.inference.embed_settings import EmbedSettings
 from bertfast.tasks.columns import Columns, Text
 from bertfast.tasks.tables import SUFFIXES as TABLE_SUFFIXES
@@ -25,7 +31,7 @@ class TextRow:
 
 def source_name(input_file: str | None) -> str:
     """Return the name of an --input-file, or of standard input, for messages."""
-    return STANDARD_INPUT if input_file in (None, "-") else f"--input-file {input_file}"
+    return STANDARD_INPUT if is_standard_input(input_file) else f"--input-file {input_file}"
 
 
 def no_texts(input_file: str | None) -> ValueError:
@@ -39,9 +45,9 @@ def read_text_rows(settings: EmbedSettings) -> Iterator[TextRow]:
     Raises:
         ValueError: The file is neither text nor a table, or a row of it cannot be read.
     """
-    path = settings.input_file
-    if path is None or settings.reads_lines:
-        yield from _rows_of_lines(read_standard_input() if path in (None, "-") else read_lines(Path(path)))
+    path = settings.input_file or "-"
+    if settings.reads_lines:
+        yield from _rows_of_lines(read_standard_input() if is_standard_input(path) else read_lines(Path(path)))
         return
     if not path.endswith(TABLE_SUFFIXES):
         raise ValueError(f"--input-file {path}: give text as .txt, or a table as .tsv, .csv, .jsonl or .json")
@@ -62,7 +68,7 @@ def read_row_groups(settings: EmbedSettings, most: int, least: int) -> Iterator[
         most: Rows of a full group.
         least: Rows of the first group of standard input, or all of them if there are fewer.
     """
-    if settings.input_file in (None, "-"):
+    if is_standard_input(settings.input_file):
         yield from ([*_rows_of_lines(lines)] for lines in read_arriving_lines(most, least))
         return
     rows = read_text_rows(settings)
