@@ -5,7 +5,10 @@
 #include <cstring>
 #include <utility>
 #if defined(__x86_64__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of gcc 12 about its own intrinsics
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "../tensors.h"
