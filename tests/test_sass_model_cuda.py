@@ -118,8 +118,8 @@ def test_constants_of_the_cases_are_those_of_the_kernels():
     assert number("bias_gelu.cu", r"BLOCKS_PER_SM = (\d+)") == cuda_cases.GELU_BLOCKS_PER_SM
     assert number("bias_gelu.cu", r"MAX_ROWS_IN_FLIGHT = (\d+)") == cuda_cases.GELU_ROWS
     assert number("bias_gelu.cu", r"GELU_THREADS = (\d+)") * 8 == cuda_cases.GELU_COLUMNS
-    assert number("attention.cuh", r"ATTENTION_THREADS = (\d+)") == 32 * cuda_cases.ATTENTION_WARPS
-    assert number("attention.cuh", r"BLOCK = (\d+)") == cuda_cases.BLOCK
+    assert number("work_tiles.cuh", r"ATTENTION_THREADS = (\d+)") == 32 * cuda_cases.ATTENTION_WARPS
+    assert number("work_tiles.cuh", r"BLOCK = (\d+)") == cuda_cases.BLOCK
     prefetched = number("attention_keys.cuh", r"MAX_PREFETCHED_SEQLEN = D == 64 \? (\d+)")
     names = [case.kernel for case in cuda_cases.cuda_cases() if case.case == "length 128"]
     assert f"attention_keys_kernel<BFloat16, 64, {prefetched}>" in names

@@ -15,6 +15,7 @@ struct ForwardMemory {
   static constexpr int STAGES = FORWARD_STAGES<D>;
   Tile<BLOCK, D> k[STAGES], v[STAGES];
   Tile<ROWS, D> q[2][2];  // [consumer][buffer]
+  WorkRing work;
   uint64_t full[STAGES], empty[STAGES], q_full[2][2], q_empty[2][2];
 };
 
@@ -49,6 +50,7 @@ DEVICE void load_work(ForwardMemory<D>& memory, const TileScheduler& scheduler, 
   int tiles = 0, rounds = 0;  // loaded so far
   for (int turn = 0; scheduler.has(turn); ++turn) {
     const WorkTile work = scheduler[turn];
+    memory.work.put(turn, work);
     if (work.is_empty()) continue;
     const ForwardPlan plan(work, AttentionMask(a, work.length));
     const auto load_queries = [&](int round) {
@@ -118,23 +120,22 @@ class QueryConsumer {
   using DropoutMask = AttentionDropoutMask<D != 128>;
 
   DEVICE QueryConsumer(Memory& memory, const TileScheduler& scheduler, const AttentionForward& a)
-      : memory_(memory), scheduler_(scheduler), a_(a), consumer_(consumer_index()) {}
+      : memory_(memory), scheduler_(scheduler), a_(a), consumer_(consumer_index()), dropout_mask_(a.dropout) {}
 
   DEVICE void run() {
     for (int turn = 0; scheduler_.has(turn); ++turn) {
-      const WorkTile work = scheduler_[turn];
+      const WorkTile work = memory_.work.take(turn);
       if (work.is_empty()) continue;
       const AttentionMask mask(a_, work.length);
       const ForwardPlan plan(work, mask);
-      const DropoutMask dropout_mask(a_.dropout, work.sequence, work.head);
-      for (int round = 0; round < plan.rounds; ++round, ++rounds_) attend(work, mask, plan, dropout_mask, round);
+      dropout_mask_.select(work);
+      for (int round = 0; round < plan.rounds; ++round, ++rounds_) attend(work, mask, plan, round);
       tiles_ += plan.end_tile - plan.first_tile;
     }
   }
 
  private:
-  DEVICE void attend(const WorkTile& work, const AttentionMask& mask, const ForwardPlan& plan,
-                     const DropoutMask& dropout_mask, int round) {
+  DEVICE void attend(const WorkTile& work, const AttentionMask& mask, const ForwardPlan& plan, int round) {
     const int query = work.first + (2 * round + consumer_) * ROWS;
     const TileRange range(plan, work, mask, query);
     const float scale = a_.scale * LOG2_E;
@@ -161,10 +162,10 @@ class QueryConsumer {
       if (tile > range.first) release(plan, round, stage_before);
       UNROLL_FOR (int i = 0; i < D / 2; ++i) sums[i] *= state.alpha[i / 2 % 2];
       UNROLL_FOR (int i = 0; i < BLOCK / 4; ++i) p[i / 4][i % 4] = pack(T{}, scores[2 * i], scores[2 * i + 1]);
-      if (D == 128 && dropout_mask.drops()) drop(dropout_mask, query, tile * BLOCK, p);  // later it would spill
+      if (D == 128 && dropout_mask_.drops()) drop(query, tile * BLOCK, p);  // later it would spill
     };
     const auto add_values = [&](int stage) {
-      if (D != 128 && dropout_mask.drops()) drop(dropout_mask, query, tile * BLOCK, p);
+      if (D != 128 && dropout_mask_.drops()) drop(query, tile * BLOCK, p);
       const auto& v = memory_.v[stage];
       fence_wgmma(sums);
       UNROLL_FOR (int depth = 0; depth < BLOCK; depth += 16)
@@ -191,7 +192,7 @@ class QueryConsumer {
     }
     for (; tile < plan.end_tile; ++tile) release(plan, round, wait_for_tile(work, plan, round, tile));
     if (threadIdx.x % 32 == 0) arrive(&memory_.q_empty[consumer_][rounds_ % 2]);
-    if (query < work.end) store(work, dropout_mask, query, state, sums);
+    if (query < work.end) store(work, query, state, sums);
   }
 
   // Wait until a tile of keys is in shared memory, and return its stage. In the first round both consumers zero the
@@ -213,15 +214,14 @@ class QueryConsumer {
   }
 
   // Set dropped probabilities to 0.
-  DEVICE void drop(const DropoutMask& dropout_mask, int query, int key, uint32_t (&p)[BLOCK / 16][4]) const {
+  DEVICE void drop(int query, int key, uint32_t (&p)[BLOCK / 16][4]) const {
     UNROLL_FOR (int column = 0; column < BLOCK; column += 32) {
-      const KeptElements kept = dropout_mask.template kept<false>(query + warp_row(), key + column);
+      const KeptElements kept = dropout_mask_.template kept<false>(query + warp_row(), key + column);
       UNROLL_FOR (int i = 0; i < 8; ++i) p[column / 16 + i / 4][i % 4] &= kept.pair(i);
     }
   }
 
-  DEVICE void store(const WorkTile& work, const DropoutMask& dropout_mask, int query, SoftmaxState& state,
-                    const float (&sums)[D / 2]) const {
+  DEVICE void store(const WorkTile& work, int query, SoftmaxState& state, const float (&sums)[D / 2]) const {
     const int64_t token = work.start + query;
     UNROLL_FOR (int h = 0; h < 2; ++h) {
       state.l_i[h] += __shfl_xor_sync(~0u, state.l_i[h], 1);
@@ -231,7 +231,7 @@ class QueryConsumer {
         a_.lse[work.head * a_.capacity + token + row] =
             state.m_i[h] * (a_.scale * LOG2_E) + log2f(state.l_i[h] / (float)work.length);
     }
-    const float factor = dropout_mask.scale();
+    const float factor = dropout_mask_.scale();
     store_rows(sums, factor / state.l_i[0], factor / state.l_i[1], work.end - query,
                (T*)a_.o + (token * a_.heads + work.head) * D, (int64_t)a_.heads * D);
   }
@@ -240,6 +240,7 @@ class QueryConsumer {
   const TileScheduler& scheduler_;
   const AttentionForward& a_;
   const int consumer_;
+  DropoutMask dropout_mask_;
   int tiles_ = 0, rounds_ = 0;  // consumed so far
 };
 
@@ -251,6 +252,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
   static_assert(sizeof(Memory) <= MAX_SHARED_BYTES);
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
+    init_ring(memory.work.full, memory.work.empty);
     init_ring(memory.full, memory.empty);
     for (int i = 0; i < 4; ++i) {
       init(&memory.q_full[i / 2][i % 2], 1);

@@ -1,86 +1,21 @@
-// Shared by attention's forward and backward pass: tile scheduler, attention mask, dropout mask, loads and stores.
+// Shared by attention's forward and backward pass: attention mask, dropout mask, loads and stores.
 //
 // A block has three warpgroups: one thread of the first is the producer, the other two are consumers of 64 rows of a
 // wgmma each. Blocks are persistent and iterate over work tiles: all queries of one head of a sequence if its keys fit
 // into shared memory, else BLOCK of them. The ring buffer of K/V tiles continues across work tiles, so that the next
 // work tile is loaded while one is computed.
 #pragma once
-#include "../attention.h"
-
 #include "kernels.h"
 #include "philox.cuh"
+#include "work_tiles.cuh"
 
 namespace bertfast::cuda {
 
-constexpr int ATTENTION_THREADS = 384, CONSUMERS = 256;
-constexpr int ROWS = 64;    // rows of a consumer's wgmma, and of a TMA box
-constexpr int BLOCK = 128;  // queries, or keys, of both consumers together
+constexpr int ROWS = 64;  // rows of a consumer's wgmma, and of a TMA box
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
 constexpr int ALL_CONSUMERS = 1;                // a named barrier
 constexpr size_t MAX_SHARED_BYTES = 227 << 10;  // per block
 constexpr float LOG2_E = 1.44269504f;
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// One head of a sequence, tokens first … end - 1: queries, or keys in the backward pass over keys.
-struct WorkTile {
-  int64_t start;  // the sequence's first token
-  int sequence, length, head;
-  int first, end;
-
-  DEVICE bool is_empty() const { return first >= end; }
-};
-
-// Assigns the work tiles to blocks, which take one each per turn. The head varies fastest, so that neighbouring blocks
-// read neighbouring memory. Whole sequences come in the order of the table, the longest first, and every other turn
-// runs backwards: the blocks with the longer tiles of one turn get the shorter ones of the next.
-struct TileScheduler {
-  const int32_t* cu_seqlens;
-  const Words4* table;
-  int sequences, heads;
-  int count;
-  bool whole;  // a work tile is a whole sequence; else at most BLOCK tokens of it
-
-  static TileScheduler of(const AttentionInputs& a, bool whole) {
-    // Sequence s owns the blocks from cu_seqlens[s] / BLOCK + s on, which leaves enough for all sequences before it.
-    // Without sequences there are no work tiles, even with padding slots: the bisection would read past cu_seqlens.
-    const int64_t blocks = whole || a.sequences == 0 ? a.sequences : a.capacity / BLOCK + a.sequences;
-    return {a.cu_seqlens, (const Words4*)a.table, a.sequences, a.heads, (int)(blocks * a.heads), whole};
-  }
-
-  // Whether the calling block has a work tile in its turn.
-  DEVICE bool has(int turn) const { return index_in(turn) < count; }
-
-  DEVICE WorkTile operator[](int turn) const {
-    const int block = index_in(turn) / heads, head = index_in(turn) % heads;
-    if (whole && table != nullptr) {
-      const Words4 row = table[block];
-      const int length = (int)row.word[2];
-      return {(int)row.word[1], (int)row.word[0], length, head, (int)row.word[3], length};
-    }
-    if (whole) {
-      const int64_t start = cu_seqlens[block];
-      const int length = (int)(cu_seqlens[block + 1] - start);
-      return {start, block, length, head, 0, length};
-    }
-    int low = 0, high = sequences;  // bisection: the sequence is in [low, high)
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (cu_seqlens[middle] / BLOCK + middle <= block) low = middle;
-      else high = middle;
-    }
-    const int64_t start = cu_seqlens[low];
-    const int length = (int)(cu_seqlens[low + 1] - start);
-    const int first = (block - (int)(start / BLOCK) - low) * BLOCK;
-    return {start, low, length, head, first, first + BLOCK < length ? first + BLOCK : length};
-  }
-
- private:
-  DEVICE int index_in(int turn) const {
-    const int blocks = (int)gridDim.x, block = (int)blockIdx.x;
-    return turn * blocks + (turn % 2 == 0 ? block : blocks - 1 - block);
-  }
-};
 
 // Causal and sliding-window mask: the range of keys for a range of queries, and the reverse.
 struct AttentionMask {
@@ -186,23 +121,25 @@ struct KeptElements {
   DEVICE uint32_t pair(int i) const { return sign_masks(word[i / 4][i % 2], i / 2 % 2 * 2); }
 };
 
-// Dropout mask of one head of a sequence; see bertfast/ops/dropout.py. Of a 16 x 16 block a thread holds 8 elements,
-// whose random bytes are half of one Philox call; the lane four further holds the other half.
+// Dropout masks, of one head of a sequence at a time; see bertfast/ops/dropout.py. Of a 16 x 16 block a thread holds 8
+// elements, whose random bytes are half of one Philox call; the lane four further holds the other half.
 // Unless it would spill, KEEP_KEYS holds the keys of all rounds in 20 registers, which saves 18 instructions per call.
 template <bool KEEP_KEYS>
 class AttentionDropoutMask {
  public:
-  DEVICE AttentionDropoutMask(const AttentionDropout& dropout, int sequence, int head) : threshold_(dropout.threshold) {
+  DEVICE explicit AttentionDropoutMask(const AttentionDropout& dropout)
+      : threshold_(dropout.threshold), counter_word_(dropout.counter_word) {
     if (threshold_ == 0) return;
     seed_[0] = (uint32_t)*dropout.seed, seed_[1] = (uint32_t)(*dropout.seed >> 32);
     if constexpr (KEEP_KEYS) {
       keys_ = PhiloxKeys(seed_);
       keep_in_registers(keys_.key[0]), keep_in_registers(keys_.key[1]);
     }
-    sequence_id_ = (uint32_t)dropout.sequence_ids[sequence];
-    counter_word_ = dropout.counter_word | (uint32_t)head;
     addend_ = (0x80u - (uint32_t)threshold_ % 0x80u) * 0x01010101u, either_ = threshold_ < 0x80 ? ~0u : 0u;
   }
+
+  // Draw the masks of a work tile from now on.
+  DEVICE void select(const WorkTile& work) { sequence_id_ = work.sequence_id, head_ = (uint32_t)work.head; }
 
   DEVICE bool drops() const { return threshold_ != 0; }
   DEVICE float scale() const { return fast_reciprocal(keep_probability(threshold_)); }
@@ -216,8 +153,8 @@ class AttentionDropoutMask {
     uint32_t seed[2] = {seed_[0], seed_[1]};
     if constexpr (!KEEP_KEYS) keep_in_registers(seed);  // so that the compiler does not move the keys out of loops
     const PhiloxKeys keys = KEEP_KEYS ? keys_ : PhiloxKeys(seed);
-    PhiloxWords drawn = TRANSPOSED ? philox(row_group, column_group, sequence_id_, counter_word_, keys)
-                                   : philox(column_group, row_group, sequence_id_, counter_word_, keys);
+    PhiloxWords drawn = TRANSPOSED ? philox(row_group, column_group, sequence_id_, counter_word_ | head_, keys)
+                                   : philox(column_group, row_group, sequence_id_, counter_word_ | head_, keys);
     UNROLL_FOR (int i = 0; i < 4; ++i) drawn.word[i] = compare_bytes(drawn.word[i]);
     // Two bytes of each word belong to the even row, two to the odd one. Each thread draws one block and exchanges the
     // other row's bytes. Register pairs {0, 1} and {4, 5} belong to the upper rows, {2, 3} and {6, 7} to the lower.
@@ -243,9 +180,9 @@ class AttentionDropoutMask {
   }
 
   int threshold_;
-  uint32_t seed_[2];
+  uint32_t counter_word_, seed_[2];
   PhiloxKeys keys_;
-  uint32_t sequence_id_, counter_word_;
+  uint32_t sequence_id_, head_;
   uint32_t addend_, either_;  // 128 - threshold % 128 in each byte; all ones for a threshold below 128, else 0
 };
 
@@ -259,15 +196,6 @@ DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 // The calling thread's consumer.
 DEVICE int consumer_index() { return uniform((int)threadIdx.x / 128 - 1); }
 
-// Initialise the barriers of a ring of stages, which one thread fills and all warps of consumers empty.
-template <int STAGES>
-DEVICE void init_ring(uint64_t (&full)[STAGES], uint64_t (&empty)[STAGES]) {
-  for (int stage = 0; stage < STAGES; ++stage) {
-    init(&full[stage], 1);
-    init(&empty[stage], CONSUMERS / 32);
-  }
-}
-
 // Warp specialisation: one thread runs `load`, two warpgroups run `compute`.
 template <class Load, class Compute>
 DEVICE void specialize_warps(const Load& load, const Compute& compute) {
@@ -279,12 +207,6 @@ DEVICE void specialize_warps(const Load& load, const Compute& compute) {
     setmaxnreg_inc<CONSUMER_REGISTERS>();
     compute();
   }
-}
-
-// One persistent block per SM, or fewer if there are fewer work tiles.
-inline int persistent_blocks(const TileScheduler& scheduler) {
-  const int sms = sm_count();
-  return scheduler.count < 1 ? 1 : scheduler.count < sms ? scheduler.count : sms;
 }
 
 // Call f(T{}, integral_constant D) with the element type and head dimension.

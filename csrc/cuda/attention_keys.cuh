@@ -29,6 +29,7 @@ struct KeyMemory {
   Tile<BLOCK, ROWS> d_s;
   Statistics statistics[2][ROWS];
   float d_q[FUSED ? MAX_SEQLEN / ROWS : 1][FUSED ? D / 4 : 1][CONSUMERS];  // [step][register][thread]
+  WorkRing work;
   uint64_t keys_full[KEY_STAGES], keys_empty[KEY_STAGES], full[STAGES], empty[STAGES];
 };
 
@@ -48,6 +49,7 @@ DEVICE void load_work(KeyMemory<D, MAX_SEQLEN>& memory, const TileScheduler& sch
   int blocks = 0, steps = 0;  // loaded so far
   for (int turn = 0; scheduler.has(turn); ++turn) {
     const WorkTile work = scheduler[turn];
+    memory.work.put(turn, work);
     const AttentionMask mask(a, work.length);
     for (int key = work.first; key < work.end; key += BLOCK, ++blocks) {
       const int key_stage = blocks % Memory::KEY_STAGES;
@@ -74,11 +76,12 @@ class KeyConsumer {
   using DropoutMask = AttentionDropoutMask<false>;
 
   DEVICE KeyConsumer(Memory& memory, const TileScheduler& scheduler, const AttentionBackward& a)
-      : memory_(memory), scheduler_(scheduler), a_(a), consumer_(consumer_index()) {}
+      : memory_(memory), scheduler_(scheduler), a_(a), consumer_(consumer_index()), dropout_mask_(a.dropout) {}
 
   DEVICE void run() {
     for (int turn = 0; scheduler_.has(turn); ++turn) {
-      const WorkTile work = scheduler_[turn];
+      const WorkTile work = memory_.work.take(turn);
+      dropout_mask_.select(work);
       for (int key = work.first; key < work.end; key += BLOCK, ++blocks_) differentiate(work, key);
     }
   }
@@ -88,7 +91,6 @@ class KeyConsumer {
   DEVICE void differentiate(const WorkTile& work, int key) {
     const AttentionMask mask(a_, work.length);
     const KeyPlan plan(mask, key);
-    const DropoutMask dropout_mask(a_.dropout, work.sequence, work.head);
     float d_k[D / 2] = {}, d_v[D / 2] = {};
     read_statistics(work, plan.first_step, steps_);
     const int key_stage = blocks_ % Memory::KEY_STAGES;
@@ -111,9 +113,9 @@ class KeyConsumer {
       float p[ROWS / 2], d_s[ROWS / 2];
       compute_scores(k, memory_.v[key_stage], q, d_o, p, d_s);
       uint32_t p_pairs[ROWS / 16][4], d_s_pairs[ROWS / 16][4];
-      if constexpr (D == 128) differentiate_softmax(mask, dropout_mask, dropout_mask.drops(), key, query, p, d_s);
-      else if (dropout_mask.drops()) differentiate_softmax(mask, dropout_mask, std::true_type{}, key, query, p, d_s);
-      else differentiate_softmax(mask, dropout_mask, std::false_type{}, key, query, p, d_s);
+      if constexpr (D == 128) differentiate_softmax(mask, dropout_mask_.drops(), key, query, p, d_s);
+      else if (dropout_mask_.drops()) differentiate_softmax(mask, std::true_type{}, key, query, p, d_s);
+      else differentiate_softmax(mask, std::false_type{}, key, query, p, d_s);
       pack_operands(mask, key, p, d_s, p_pairs, d_s_pairs);
       share_score_gradients(d_s_pairs);
       float d_q[D / 4];
@@ -133,13 +135,13 @@ class KeyConsumer {
       if (threadIdx.x % 32 == 0) arrive(&memory_.empty[stage]);
       if constexpr (Memory::FUSED) {
         keep_in_registers(d_q);
-        add_to_queries(work, mask, a_.scale * dropout_mask.scale(), key, step, d_q);
+        add_to_queries(work, mask, a_.scale * dropout_mask_.scale(), key, step, d_q);
       }
       named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // d_s has been read, and the next statistics are written
     }
     if (threadIdx.x % 32 == 0) arrive(&memory_.keys_empty[key_stage]);
     const int row = key + consumer_ * ROWS;
-    const float dropout_scale = dropout_mask.scale(), factor = a_.scale * dropout_scale;
+    const float dropout_scale = dropout_mask_.scale(), factor = a_.scale * dropout_scale;
     store_rows(d_k, factor, factor, work.length - row, gradient(work, 1, row), stride());
     store_rows(d_v, dropout_scale, dropout_scale, work.length - row, gradient(work, 2, row), stride());
   }
@@ -173,8 +175,8 @@ class KeyConsumer {
   // or branches around several elements: one per element would cost as much as the arithmetic. With D = 128 `drops` is
   // a bool and the branches are around fewer elements, or the compiler would spill registers.
   template <class Condition>
-  DEVICE void differentiate_softmax(const AttentionMask& mask, const DropoutMask& dropout_mask, Condition drops,
-                                    int key, int query, float (&p)[ROWS / 2], float (&d_s)[ROWS / 2]) const {
+  DEVICE void differentiate_softmax(const AttentionMask& mask, Condition drops, int key, int query,
+                                    float (&p)[ROWS / 2], float (&d_s)[ROWS / 2]) const {
     constexpr int CHUNK = D == 128 ? 4 : 16;
     const float scale = a_.scale * LOG2_E;
     const Statistics* const statistics = memory_.statistics[steps_ % 2];
@@ -183,7 +185,7 @@ class KeyConsumer {
     uint32_t kept = KeptElements::ALL;
     UNROLL_FOR (int first = 0; first < ROWS / 2; first += CHUNK) {
       if (drops && first % 16 == 0)
-        kept = dropout_mask.template kept<true>(key + warp_row(), query + 2 * first).in_one_register();
+        kept = dropout_mask_.template kept<true>(key + warp_row(), query + 2 * first).in_one_register();
       UNROLL_FOR (int i = first; i < first + CHUNK; ++i) {
         const Statistics& stats = statistics[fragment_column(i)];
         const bool is_kept = kept >> KeptElements::bit(i % 16) & 1;
@@ -243,6 +245,7 @@ class KeyConsumer {
   const TileScheduler& scheduler_;
   const AttentionBackward& a_;
   const int consumer_;
+  DropoutMask dropout_mask_;
   int blocks_ = 0, steps_ = 0;  // processed so far
 };
 
@@ -254,6 +257,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
   static_assert(sizeof(Memory) <= MAX_SHARED_BYTES);
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
+    init_ring(memory.work.full, memory.work.empty);
     init_ring(memory.keys_full, memory.keys_empty);
     init_ring(memory.full, memory.empty);
     fence_init();

@@ -10,6 +10,7 @@ template <int D>
 struct QueryMemory {
   static constexpr int STAGES = D == 128 ? 3 : 6;
   Tile<ROWS, D> q[2], d_o[2], k[STAGES], v[STAGES];
+  WorkRing work;
   uint64_t q_full, q_empty, full[STAGES], empty[STAGES];
 };
 
@@ -20,6 +21,7 @@ DEVICE void load_work(QueryMemory<D>& memory, const TileScheduler& scheduler, co
   int loaded = 0, tiles = 0;  // work tiles and key tiles so far
   for (int turn = 0; scheduler.has(turn); ++turn) {
     const WorkTile work = scheduler[turn];
+    memory.work.put(turn, work);
     if (work.is_empty()) continue;
     const AttentionMask mask(a, work.length);
     wait(&memory.q_empty, (loaded++ + 1) % 2);
@@ -67,10 +69,11 @@ DEVICE void differentiate_queries(QueryMemory<D>& memory, const TileScheduler& s
   const float scale = a.scale * LOG2_E;
   int done = 0, tiles = 0;  // work tiles and key tiles so far
   for (int turn = 0; scheduler.has(turn); ++turn) {
-    const WorkTile work = scheduler[turn];
+    const WorkTile work = memory.work.take(turn);
     if (work.is_empty()) continue;
     const AttentionMask mask(a, work.length);
-    const AttentionDropoutMask<true> dropout_mask(a.dropout, work.sequence, work.head);
+    AttentionDropoutMask<true> dropout_mask(a.dropout);  // once per kernel it would cost registers: 5 % more time
+    dropout_mask.select(work);
     const float factor = a.scale * dropout_mask.scale();
     const int query = work.first + consumer * ROWS;
     Statistics stats[2];
@@ -124,6 +127,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
   if (threadIdx.x == 0) {
     init(&memory.q_full, 1);
     init(&memory.q_empty, CONSUMERS / 32);
+    init_ring(memory.work.full, memory.work.empty);
     init_ring(memory.full, memory.empty);
     fence_init();
   }
