@@ -7,7 +7,9 @@ that memory is read and written once and no lane idles. A lane accesses 16 bytes
 H columns of a row, CHUNK columns of a chunk, ROWS rows of a tile.
 """
 
+from collections.abc import Mapping
 from functools import cache
+from types import MappingProxyType
 
 import torch
 import triton
@@ -25,7 +27,7 @@ STAGES, STAGES_IF_WIDE = tl.constexpr(3), tl.constexpr(2)
 WIDE = tl.constexpr(2048)  # columns
 
 
-def row_config(columns: int, *tensors: Tensor, summing: bool = False) -> dict[str, int]:
+def row_config(columns: int, *tensors: Tensor, summing: bool = False) -> Mapping[str, int]:
     """Return H, CHUNK, ROWS and the launch options of a kernel for rows of `columns` of these tensors.
 
     A kernel that is `summing` over rows keeps a sum of every column, so all its warps share a row, and lanes idle if
@@ -36,7 +38,7 @@ def row_config(columns: int, *tensors: Tensor, summing: bool = False) -> dict[st
 
 
 @cache
-def _row_config(columns: int, element_size: int, summing: bool) -> dict[str, int]:
+def _row_config(columns: int, element_size: int, summing: bool) -> Mapping[str, int]:
     warps = 4 if columns <= 2048 else 8
     warp = 32 * 16 // element_size
     padded = triton.next_power_of_2(columns)
@@ -47,7 +49,8 @@ def _row_config(columns: int, element_size: int, summing: bool) -> dict[str, int
     else:
         widest = warp if columns <= _ONE_WARP else warps * warp
         chunk = next((size for size in _CHUNKS if size <= widest and columns % size == 0), padded)
-    return {"H": columns, "CHUNK": chunk, "ROWS": max(warps * warp // chunk, 1), **options}
+    # Read-only, because all callers share it.
+    return MappingProxyType({"H": columns, "CHUNK": chunk, "ROWS": max(warps * warp // chunk, 1), **options})
 
 
 def summing_programs(tiles: int, device: torch.device) -> int:

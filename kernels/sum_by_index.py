@@ -147,7 +147,7 @@ def sum_groups(
     """
     tokens, hidden = values.shape
     constants = row_config(hidden, values, summing=True)
-    constants |= {"ROWS": max(_ROWS, constants["ROWS"]), "BLOCK": _BLOCK}
+    constants = {**constants, "ROWS": max(_ROWS, constants["ROWS"]), "BLOCK": _BLOCK}
     blocks = len(groups.keys) // _BLOCK
     block_sums = values.new_empty((blocks, hidden), dtype=torch.float32)
     if blocks:

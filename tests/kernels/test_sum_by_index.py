@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import DEVICE
 
+from bertfast.kernels.rows import row_config
 from bertfast.kernels.sum_by_index import group_by_index, sum_by_index, sum_groups
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
@@ -46,6 +47,16 @@ def test_any_width(hidden):
     index = torch.arange(80, device=DEVICE) // 50
     values = whole_numbers(80, hidden)
     assert torch.equal(sum_by_index(values, index, 3, FLOAT), expected(values, index, 3))
+
+
+def test_a_sum_leaves_the_shared_launch_options_as_they_are():
+    """They are cached: an option that a sum adds would be unknown to the next LayerNorm of that width, or change it."""
+    values = whole_numbers(64, 128)
+    before = dict(row_config(128, values, summing=True))
+    sum_by_index(values, torch.zeros(64, dtype=torch.int64, device=DEVICE), 1, FLOAT)
+    assert row_config(128, values, summing=True) == before
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        row_config(128, values, summing=True)["BLOCK"] = 32
 
 
 def test_half_precision_is_summed_in_fp32():
