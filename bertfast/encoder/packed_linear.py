@@ -111,6 +111,8 @@ class PackedLinear(nn.Module):
             values if self.is_int8 else values.to(self.dtype)
         )
         state = {"bias": packed.bias, INT8_SCALES: packed.scales, INT8_FACTORS: packed.factors}
+        if self.is_int8 and not len(packed.factors):  # so that a file without them is known to be damaged
+            state[INT8_FACTORS] = torch.ones(packed.depth)
         # Copies, as layers of the same input share memory, which is refused where they are saved.
         destination.update({prefix + name: tensor.clone() for name, tensor in state.items() if len(tensor)})
 

@@ -21,17 +21,10 @@ from bertfast.models import bert, families
 from bertfast.models.adapters import base_of, merge_adapter
 from bertfast.models.config_checks import check_config, check_entries
 from bertfast.models.extensions import VARIANT, ExtendedBertConfig, ModelT, class_for
-from bertfast.models.quantised_config import unmark
+from bertfast.models.quantised_config import is_quantised, unmark
 from bertfast.models.quantised_files import read_dequantised, restore_quantised
-from bertfast.models.weights import (
-    ADAPTED_CONFIG,
-    ADAPTER_CONFIG,
-    CONFIG,
-    config_path,
-    is_adapter,
-    is_computed,
-    separate_tied,
-)
+from bertfast.models.weight_checks import check_loaded
+from bertfast.models.weights import ADAPTED_CONFIG, ADAPTER_CONFIG, CONFIG, config_path, is_adapter, separate_tied
 from bertfast.runtime.display import require_utf8
 from bertfast.runtime.tensor_file import replaced_files
 
@@ -186,7 +179,8 @@ def load(
         return _open_adapter(kind, folder, config, fresh)
     model_class: Any = class_for(kind, config)
     variant = VARIANT if isinstance(config, ExtendedBertConfig) else None
-    weights, quantised = read_dequantised(folder, str(name), variant, takes_quantised=takes_quantised)
+    is_marked = is_quantised(config, str(config_path(folder)))
+    weights, quantised = read_dequantised(folder, str(name), variant, is_marked, takes_quantised)
     unmark(config)
     if kind._tied_weights_keys:
         separate_tied(weights, config, model_class.base_model_prefix, str(name))
@@ -202,17 +196,14 @@ def load(
             )
     except (ArithmeticError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{name}: its config.json does not describe a model with its weights: {error}") from error
-    missing = [key for key in model.state_dict() if key in info["missing_keys"]]
-    unexpected = sorted({*info["unexpected_keys"]} - dict(model.named_buffers()).keys())
-    _check_loaded(model, str(name), info["mismatched_keys"], missing, weights, fresh)
-    _refuse_unused(model, str(name), unexpected)
+    missing, unexpected = check_loaded(model, str(name), info, weights, fresh)
     model.name_or_path = model.config.name_or_path = str(folder)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
     initialise(model, {*missing, *(key for key in model.state_dict() if key.startswith(fresh))})
     if quantised:
         weights.clear()  # the model's own, which are freed when they are packed
-        restore_quantised(model, quantised)
+        restore_quantised(model, quantised, str(name))
     return model.eval(), missing, unexpected
 
 
@@ -228,61 +219,6 @@ def _open_adapter(
     model, missing, unexpected = load(kind, base, config, fresh=heads)
     merged = merge_adapter(model, folder, fresh)
     return model, [key for key in missing if key not in merged], unexpected
-
-
-def _check_loaded(
-    model: PreTrainedModel,
-    name: str,
-    mismatched: Any,
-    missing: list[str],
-    stored: dict[str, Tensor],
-    fresh: tuple[str, ...],
-) -> None:
-    """Raise ValueError if weights have other shapes than the model's, or if there are none of its layers."""
-    for entry in mismatched:
-        key = entry if isinstance(entry, str) else entry[0]  # transformers 5 adds the shapes
-        if not key.startswith(fresh):
-            implied = list(model.get_parameter(key).shape)
-            # Names in a checkpoint of the encoder alone lack the prefix of the model's, and the other way round.
-            shape = next([*x.shape] for other, x in stored.items() if key.endswith(other) or other.endswith(key))
-            raise ValueError(
-                f"{name}: {key} has shape {shape}, but config.json implies {implied}: use the config.json that belongs "
-                "to the weights"
-            )
-    architecture = families.architecture_of(model.config)
-    if {key for key in model.state_dict() if f"{architecture.layers}." in key} <= {*missing}:
-        example = f"{architecture.layers}.0.{architecture.layer['output_dense']}.weight"
-        raise ValueError(
-            f"{name} has no weights of an encoder, such as {model.base_model_prefix}.{example}; it has "
-            f"{', '.join(sorted(stored)[:3]) or 'none at all'}: rename them as transformers' "
-            f"{architecture.prefix}Model names them"
-        )
-    absent = [key for key in _of_encoder(model, missing) if not key.startswith(fresh)]
-    if absent:
-        others = f" and {len(absent) - 1} more" * (len(absent) > 1)
-        raise ValueError(
-            f"{name} lacks weights that its config.json describes, {absent[0]}{others}: take the config.json that "
-            "belongs to the weights"
-        )
-
-
-def _of_encoder(model: PreTrainedModel, keys: list[str]) -> list[str]:
-    """Return the names of weights that belong to the encoder, not to a head or a pooler."""
-    architecture = families.architecture_of(model.config)
-    names = (architecture.layers, architecture.embeddings, architecture.projection, architecture.final_norm)
-    parts = [f"{part}." for part in names if part]
-    return [key for key in keys if any(part in key for part in parts)]
-
-
-def _refuse_unused(model: PreTrainedModel, name: str, unexpected: list[str]) -> None:
-    """Raise ValueError if the model has no use for weights of the encoder: its outputs would be those of another."""
-    unused = [key for key in _of_encoder(model, unexpected) if not is_computed(key)]
-    if unused:
-        others = f" and {len(unused) - 1} more" * (len(unused) > 1)
-        raise ValueError(
-            f"{name} has weights that its config.json does not describe, {unused[0]}{others}: take the config.json "
-            "that belongs to the weights, or remove them if they have no effect"
-        )
 
 
 def report_differences(model: PreTrainedModel, name: str, missing: list[str], unexpected: list[str]) -> None:

@@ -6,7 +6,7 @@ more than the arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -145,14 +145,18 @@ def fused_encoders(model: nn.Module) -> list[FusedEncoder]:
     return [module for module in model.modules() if isinstance(module, FusedEncoder)]
 
 
+def can_group(linears: Sequence[nn.Linear]) -> bool:
+    """Return whether linear layers of the same input are packed as one weight, of which each is a part."""
+    has_bias = {linear.bias is not None for linear in linears}
+    return len(has_bias) == 1 and all(linear.out_features % PANEL == 0 for linear in linears)
+
+
 def _replace(layer: FusedLayer, paths: list[str], packed: Callable[[list[nn.Linear]], PackedWeight]) -> None:
     modules = [part_at(layer, path) for path in paths]
     linears = [module for module in modules if is_plain(module)]
     if len(linears) < len(modules):
         return  # an adapter, or a layer with a hook, is called as it is
-    has_bias = {linear.bias is not None for linear in linears}
-    can_group = len(has_bias) == 1 and all(linear.out_features % PANEL == 0 for linear in linears)
-    group, first = packed(linears) if can_group else None, 0
+    group, first = packed(linears) if can_group(linears) else None, 0
     for path, linear in zip(paths, linears, strict=True):
         end = first + linear.out_features
         weight = packed([linear]) if group is None else group.rows(first, end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +13,16 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from bertfast.architectures import Architecture, families, family_by_type
+from bertfast.models.config_checks import check_config
+from bertfast.models.families import architecture_of, model_classes
 from bertfast.models.files import resolve
+from bertfast.models.freeze import fused_encoders
 from bertfast.models.quantised_config import is_quantised, unmark
-from bertfast.models.quantised_files import read_dequantised, restore_quantised
+from bertfast.models.quantised_files import has_quantised_weights, read_dequantised, restore_quantised
 from bertfast.models.registry import FusedModel
+from bertfast.models.weight_checks import check_loaded
+from bertfast.models.weights import CONFIG, config_path, variant_files
 
 _HUB = ("cache_dir", "revision", "token", "local_files_only")
 # The folder in the report of transformers 5, and of 4, of missing weights if it was given weights without one.
@@ -28,6 +35,9 @@ def quantised_folder(name: Any, options: Mapping[str, Any]) -> Path | None:
     Args:
         name: Its folder or hub id, or None.
         options: Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: Its `quantization_config` is not one that this version knows.
     """
     if name is None or options.get("gguf_file") is not None:
         return None
@@ -37,7 +47,11 @@ def quantised_folder(name: Any, options: Mapping[str, Any]) -> Path | None:
         values, _ = PretrainedConfig.get_config_dict(str(name), subfolder=inner, **hub)
     except Exception:  # of many classes; what opens the model raises it again
         return None
-    return resolve(name, **hub) / inner if is_quantised(values) else None
+    if not is_quantised(values, str(Path(str(name), inner, CONFIG))):
+        # In a folder, weights count, too: else transformers would initialise all layers whose weights are int8.
+        folder = Path(str(name), inner)
+        return folder if has_quantised_weights(folder) else None
+    return resolve(name, **hub) / inner
 
 
 def open_quantised(
@@ -59,24 +73,86 @@ def open_quantised(
 
     Returns:
         The model; with `output_loading_info=True` a pair of it and transformers' loading information.
+
+    Raises:
+        FileNotFoundError: There are no weights, or none of the variant.
+        TypeError: `config` is neither a configuration nor a path.
+        ValueError: The files are damaged, or do not belong together.
     """
     kwargs = {key: value for key, value in kwargs.items() if key not in (*_HUB, "subfolder", "force_download")}
     # As in transformers, "auto" is the dtype of the files; a configuration must not take it for its own.
     dtypes = [kwargs.pop(key, None) for key in ("dtype", "torch_dtype")]
     dtype = next((each for each in dtypes if each is not None), "auto")
-    config = copy.deepcopy(kwargs.pop("config", None))
-    if config is None:
-        config, kwargs = config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+    config, kwargs = _config(folder, config_class, **kwargs)
+    variant = kwargs.pop("variant", None)
+    if variant is not None and not any((folder / name).exists() for name in variant_files(variant)):
+        raise FileNotFoundError(
+            f"{folder} has no {variant_files(variant)[0]}: leave variant={variant!r} out, or name one that it has"
+        )
+    is_marked = is_quantised(config)
     unmark(config)
-    weights, quantised = read_dequantised(folder, str(folder), kwargs.pop("variant", None))
+    weights, quantised = read_dequantised(folder, str(folder), variant, is_marked)
+    returns_info, takes_other_heads = (
+        kwargs.pop(key, False) for key in ("output_loading_info", "ignore_mismatched_sizes")
+    )
     kwargs |= {"dtype": dtype, "config": config, "state_dict": weights}
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is refused is checked below
     with _named_in_reports(folder):
-        loaded = class_of(config).from_pretrained(None, *args, **kwargs)
-    model = fuse(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model, info = class_of(config).from_pretrained(None, *args, **kwargs)
+    model = fuse(model)
+    if not fused_encoders(model):
+        raise ValueError(
+            f"{folder}: config.json describes a {type(model).__name__}, which cannot be quantised: take the "
+            "config.json that belongs to the weights"
+        )
+    heads = architecture_of(config).all_head_prefixes if takes_other_heads else ()
+    other_head = ", or pass ignore_mismatched_sizes=True for a new head"
+    check_loaded(model, str(folder), info, weights, heads, other_head=other_head)
     model.name_or_path = model.config.name_or_path = str(folder)
     weights.clear()  # the model's own, which are freed when they are packed
-    restore_quantised(model, quantised)
-    return (model, *loaded[1:]) if isinstance(loaded, tuple) else model
+    restore_quantised(model, quantised, str(folder))
+    return (model, info) if returns_info else model
+
+
+def _config(folder: Path, config_class: Any, config: Any = None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the configuration of a quantised model, and the arguments of `from_pretrained` that it does not take.
+
+    Args:
+        folder: The model's folder.
+        config_class: Class of the configuration.
+        config: A configuration, or the path of one, to use instead; None: that of the folder.
+        kwargs: The other arguments.
+
+    Raises:
+        TypeError: `config` is of another type.
+        ValueError: The configuration is not that of a model that can be quantised.
+    """
+    source = folder if config is None else config
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        config, kwargs = config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        where = str(config_path(path) if path.is_dir() else path)
+    elif isinstance(source, PretrainedConfig):
+        config, where = copy.deepcopy(source), "config"
+    else:
+        raise TypeError(f"config must be a configuration or the path of one, got a {type(source).__name__}")
+    family = family_by_type(config.model_type)
+    if family is not None:
+        check_config(config, family, where)
+        _require_class_of_family(config, family, where)
+    return config, kwargs
+
+
+def _require_class_of_family(config: PretrainedConfig, family: Architecture, source: str) -> None:
+    """Raise ValueError if a configuration names a class of another family than its own, as after a wrong change."""
+    named = next(iter(config.architectures or []), None)
+    if named in model_classes(family):
+        return
+    if any(named in model_classes(other) for other in families()):
+        raise ValueError(
+            f"{source} has the model_type {config.model_type!r}, and the architecture {named!r} of another: take the "
+            "config.json that belongs to the weights"
+        )
 
 
 @contextmanager

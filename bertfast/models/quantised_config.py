@@ -16,19 +16,29 @@ _ENTRY = "quantization_config"
 _QUANTISED = {"library": "bertfast", "weights": "int8"}
 
 
-def is_quantised(config: Any) -> bool:
+def is_quantised(config: Any, source: str = "config.json") -> bool:
     """Return whether a model with this configuration, or the dictionary of its file, is quantised by bertfast.
 
+    Args:
+        config: The configuration, or the dictionary.
+        source: The file that it is from, for messages.
+
     Raises:
-        ValueError: It has weights of another kind than int8.
+        ValueError: It has weights of another kind than int8, or entries that are not known.
     """
     entry = config.get(_ENTRY) if isinstance(config, dict) else getattr(config, _ENTRY, None)
     if not isinstance(entry, dict) or entry.get("library") != _QUANTISED["library"]:
         return False
     if entry.get("weights") != _QUANTISED["weights"]:
         raise ValueError(
-            f"config.json: {_ENTRY} has weights {entry.get('weights')!r}, and this version of bertfast opens "
+            f"{source}: {_ENTRY} has weights {entry.get('weights')!r}, and this version of bertfast opens "
             f"{_QUANTISED['weights']!r}: install a later version, or save the quantised model again"
+        )
+    unknown = next((key for key in entry if key not in _QUANTISED), None)
+    if unknown is not None:
+        raise ValueError(
+            f"{source}: {_ENTRY} has an entry {unknown!r:.40}, which this version of bertfast does not know: install a "
+            "later version, or save the quantised model again"
         )
     return True
 

@@ -55,7 +55,7 @@ def read_weights(folder: Path, variant: str | None = None) -> Weights:
         FileNotFoundError: There are no weights, or a shard is missing.
         ValueError: A file is damaged or holds other things than weights, or an index names a file outside the folder.
     """
-    preferred = [] if variant is None else [f".{variant}.".join(name.rsplit(".", 1)) for name in _FILES[:2]]
+    preferred = [] if variant is None else variant_files(variant)
     path = next((folder / name for name in (*preferred, *_FILES) if (folder / name).exists()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} holds no weights: {_what_else(folder)}")
@@ -67,6 +67,11 @@ def read_weights(folder: Path, variant: str | None = None) -> Weights:
             raise ValueError(f"{path} holds two different weights {name}, one of them as {key}")
         weights[name] = value
     return weights
+
+
+def variant_files(variant: str) -> list[str]:
+    """Return the names that transformers gives the files of a variant: the whole weights, or the index of shards."""
+    return [f".{variant}.".join(name.rsplit(".", 1)) for name in _FILES[:2]]
 
 
 def is_adapter(folder: Path) -> bool:

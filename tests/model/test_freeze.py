@@ -354,14 +354,14 @@ ways = {
     "fp32": lambda model, opened: bertfast.freeze(model, "fp32"),
     "bf16": lambda model, opened: bertfast.freeze(model, "bf16"),
     "int8": lambda model, opened: bertfast.quantize(model, [batch]),
-    "opened": restore_quantised,
+    "opened": lambda model, opened: restore_quantised(model, opened, "folder"),
 }
 for way, pack in ways.items():
     model = bertfast.BertModel(BertConfig(vocab_size=64, **sizes)).eval()
     with torch.no_grad():
         model(**batch)
     opened = {
-        name: (torch.ones(part.weight.shape, dtype=torch.int8), torch.ones(part.out_features), None)
+        name: (torch.ones(part.weight.shape, dtype=torch.int8), *map(torch.ones, (part.out_features, part.in_features)))
         for name, part in model.named_modules()
         if ".layer." in name and type(part) is torch.nn.Linear and way == "opened"
     }
