@@ -8,7 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from bertfast.encoder.packed_linear import PackedLinear
+from bertfast.encoder.packed_linear import PackedLinear, require_no_gradient
 from bertfast.ops import matmul
 from bertfast.ops.packed_linear import PackedWeight, packed_linear
 from bertfast.runtime.torch_compat import autocast_dtype, is_sharded, module_hooks, unsharded_class
@@ -58,9 +58,13 @@ def concatenated(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
 
     Returns:
         Their outputs side by side, [T, columns of all]; those of packed weights in their `compute_dtype`.
+
+    Raises:
+        RuntimeError: x requires a gradient, and the weights are packed.
     """
     group = common_group(modules)
     if group is not None:
+        require_no_gradient(x)
         return packed_linear(x, group, dtype=group.compute_dtype)
     plain = [module for module in modules if is_plain(module)]
     has_biases = {module.bias is not None for module in plain}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bertfast.encoder.linear import common_group, is_watched
-from bertfast.encoder.packed_linear import FROZEN, PACKED_ACTIVATIONS, PackedLinear
+from bertfast.encoder.packed_linear import PACKED_ACTIVATIONS, PackedLinear, require_no_gradient
 from bertfast.encoder.parts import LayerParts
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops import native
@@ -54,8 +54,7 @@ class PackedLayer:
         Raises:
             RuntimeError: `hidden` requires a gradient.
         """
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            raise RuntimeError(FROZEN)
+        require_no_gradient(hidden)
         first, second = self.norms
         y: Tensor = operator("cpu", "packed_layer_forward")(
             hidden,

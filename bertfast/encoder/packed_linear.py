@@ -54,8 +54,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor, activation: PackedActivation = "none", dtype: torch.dtype | None = None) -> Tensor:
         """Return activation(x W^T + bias): [..., K] -> [..., N] in `dtype`, or that of x."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(FROZEN)
+        require_no_gradient(x)
         makes_graph = torch.compiler.is_exporting() if torch.compiler.is_compiling() else is_jit_tracing()
         if makes_graph:
             raise RuntimeError("this model is frozen for inference: trace or export it before it is frozen")
@@ -117,6 +116,12 @@ class PackedLinear(nn.Module):
         destination.update({prefix + name: tensor.clone() for name, tensor in state.items() if len(tensor)})
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        raise RuntimeError(FROZEN)
+
+
+def require_no_gradient(x: Tensor) -> None:
+    """Raise RuntimeError if the gradient of a packed linear layer's input would be required."""
+    if torch.is_grad_enabled() and x.requires_grad:
         raise RuntimeError(FROZEN)
 
 

@@ -30,6 +30,7 @@ from bertfast.inference.embedding_files import (
     quantize_embeddings,
     read_ranges,
     require_size,
+    require_space_for_ids,
     write_part,
     write_ranges,
 )
@@ -138,6 +139,7 @@ def _write_parts(
         path = folder / f"part-{number:05}.{settings.output_format}"
         needs_ranges = settings.has_ranges and ranges is None
         if needs_ranges or not is_whole(path, [row.number for row in chunk]):
+            require_space_for_ids(path, [row.number for row in chunk], [row.id for row in chunk])
             features = encoder.features([row.text for row in chunk])
             cut.add(features)
             found = compute_embeddings(encoder.model, features, settings, encoder.modules, encoder.num_skipped)

@@ -33,6 +33,7 @@ CONTENTS = (
     RANGES,
 )
 """Patterns of the files that `embed` writes."""
+_LARGEST_PADDED_IDS = 100_000_000  # bytes of a file of ids that is mostly padding
 _LARGEST_HEADER = 50_000_000  # characters; the library safetensors reads no header of 100 MB
 
 
@@ -150,6 +151,33 @@ def write_ranges(path: Path, embeddings: np.ndarray) -> np.ndarray:
     return ranges
 
 
+def require_space_for_ids(path: Path, numbers: list[int], ids: list[str | None]) -> None:
+    """Check that the file of a part has space for the ids of its rows, before their embeddings are computed.
+
+    Args:
+        path: The part's file.
+        numbers: The numbers of the rows.
+        ids: Their ids.
+
+    Raises:
+        ValueError: They are too long for safetensors' metadata, or would make a huge file of numpy, where each takes
+            the space of the longest.
+    """
+    if all(row_id is None for row_id in ids):
+        return
+    if path.suffix == ".safetensors" and len(json.dumps(ids)) > _LARGEST_HEADER:
+        raise ValueError(f"{path} has no space for so many ids: choose a smaller --texts-per-part")
+    lengths = [len(row_id or "") for row_id in ids]
+    size = 4 * max(lengths, default=0) * len(ids)
+    if path.suffix == ".npy" and size > max(_LARGEST_PADDED_IDS, 16 * sum(lengths)):
+        longest = lengths.index(max(lengths))
+        raise ValueError(
+            f"row {numbers[longest]} has an id of {lengths[longest]:,} characters, and in numpy's format {len(ids):,} "
+            f"ids would take as many each, {size / 1e9:.1f} GB: choose --output-format parquet or safetensors, or "
+            "shorter ids"
+        )
+
+
 def write_part(path: Path, part: Part) -> None:
     """Write a part in the format of the suffix of `path`; the file of that name is written last."""
     {".safetensors": _write_safetensors, ".parquet": _write_parquet, ".npy": _write_arrays}[path.suffix](path, part)
@@ -175,8 +203,6 @@ def _write_safetensors(path: Path, part: Part) -> None:
     if part.cu_seqlens is not None:
         arrays["cu_seqlens"] = part.cu_seqlens
     entries = {"ids": json.dumps(part.ids)} if part.has_ids else {}
-    if len(entries.get("ids", "")) > _LARGEST_HEADER:
-        raise ValueError(f"{path} has no space for so many ids: choose a smaller --texts-per-part")
     with atomic_path(path) as temporary:
         write_tensors({name: torch.from_numpy(array) for name, array in arrays.items()}, temporary, entries)
 

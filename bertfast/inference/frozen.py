@@ -15,7 +15,7 @@ from bertfast.models.calls import caches_shapes
 from bertfast.models.freeze import freeze, fused_encoders
 from bertfast.models.patch import require_packed
 from bertfast.models.quantised_config import is_quantised
-from bertfast.models.quantize import Runs, quantise_model, random_tokens
+from bertfast.models.quantize import FEW_TOKENS, Runs, quantise_model, random_tokens
 from bertfast.ops import matmul, native
 from bertfast.runtime.precision import InferencePrecision, autocast, choose_precision, half
 from bertfast.tasks.features import Buckets, Features, ModelInputs
@@ -25,7 +25,7 @@ logger = logging.getLogger("bertfast")
 CALIBRATION_EXAMPLES = 32
 """The number of examples, the first of a command, on which a model is calibrated for int8."""
 
-_FEW_TOKENS = 256  # different ones in these examples, below which they do not show the range of activations
+_FEW_TOKENS = 256  # different ones in these examples, below which random tokens make int8 more accurate
 
 
 def require_own_precision(model: PreTrainedModel, precision: InferencePrecision) -> None:
@@ -95,8 +95,16 @@ def freeze_on_cpu(
         rows = np.arange(min(CALIBRATION_EXAMPLES, len(features)))
         inputs = features.model_inputs(rows, labels=False)
         runs: Runs = {f"the first {len(rows)} inputs": lambda: run(inputs)}
-        if len(inputs.arguments["input_ids"].unique()) < _FEW_TOKENS:
+        count = len(inputs.arguments["input_ids"].unique())
+        if count < _FEW_TOKENS:
             runs = {**runs, **random_tokens(model)}
+        if count < FEW_TOKENS:
+            logger.warning(
+                "the first %d inputs have only %d different tokens, so that int8 is calibrated on random tokens: begin "
+                "with typical texts, or give the folder of a model that bertfast.quantize has quantised with some",
+                len(rows),
+                count,
+            )
         report = quantise_model(model, runs)
         logger.info("%s runs in int8, calibrated on %s", model.name_or_path, " and ".join(runs))
         for name, why in report.left.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from bertfast.data.text_files import unpaired_surrogate
 from bertfast.inference.embed_settings import EmbedSettings
 from bertfast.inference.frozen import require_own_precision
 from bertfast.models.bert import BertModel
@@ -138,6 +139,8 @@ def _prompt(saved: SentenceModules, settings: EmbedSettings) -> str:
     """Return the text to put before each text."""
     name = settings.prompt_name or saved.default_prompt or "none"
     if settings.prompt is not None:
+        if (problem := unpaired_surrogate(settings.prompt)) is not None:
+            raise ValueError(f"--prompt: {problem}: write the prompt in UTF-8")
         return settings.prompt
     if name not in saved.prompts and name != "none":
         known = ", ".join(saved.prompts) or "no prompts"

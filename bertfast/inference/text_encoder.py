@@ -19,7 +19,7 @@ from bertfast.inference.sentence_encoder import open_encoder
 from bertfast.models.files import resolve
 from bertfast.runtime.precision import choose_device
 from bertfast.tasks.columns import Text
-from bertfast.tasks.features import CutTexts
+from bertfast.tasks.features import CutTexts, require_characters
 
 _TEXTS = 10_000  # whose tokens are in memory at a time
 _ALIASES = {"passage": "document", "document": "passage"}  # names of the same type of prompt in versions of mteb
@@ -86,9 +86,10 @@ class TextEncoder:
             others: Not used, as a batch is limited by its number of tokens.
 
         Raises:
-            ValueError: There is no prompt of that name, or a batch has no texts.
+            ValueError: There is no prompt of that name, a batch has no texts, or a text is not Unicode.
         """
         texts = _texts(inputs)
+        require_characters(texts)
         saved = self._encoder.saved_modules
         names = [prompt_name] if prompt_name is not None else []
         names = names or _prompt_names(task_metadata, task_name, prompt_type, saved.prompts)

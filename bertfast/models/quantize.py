@@ -7,7 +7,8 @@ migration of SmoothQuant (Xiao et al., 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -29,7 +30,10 @@ from bertfast.ops.packed_linear import PackedWeight, pack, quantise
 ALPHA = 0.5  # exponent of SmoothQuant: both the activations and the weights of a channel get the same range
 _SMALLEST = 0.01  # of the mean over channels: what a maximum counts at least, as calibration may not reach a channel
 _RANDOM_TOKENS = 32, 32  # sequences and their tokens, which calibrate almost as well as texts
+FEW_TOKENS = 32  # different ones, below which a calibration does not show the range of activations
 _MAX_DEPTH = 2**31 // (255 * 127)  # of a sum in 32 bits
+
+logger = logging.getLogger("bertfast")
 
 Runs = Mapping[str, Callable[[], object]]
 """What runs a fused model on the batches of a calibration, by names of the batches for messages."""
@@ -47,8 +51,8 @@ def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None =
             already stays as it is.
         calibration: A few batches of typical inputs, dictionaries of the arguments of the model's `forward`, or what it
             takes as its one argument, such as what `preprocess` or `tokenize` of a SentenceTransformer returns. They
-            show which channels of activations have outliers, whose range then moves to the weights. None: sequences
-            of random tokens.
+            show which channels of activations have outliers, whose range then moves to the weights; a warning says
+            if they have very few different tokens. None: sequences of random tokens.
 
     Returns:
         The report, as `bertfast.report` returns it; it names linear layers that could not be quantised.
@@ -77,7 +81,25 @@ def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None =
     batches = {f"calibration[{n}]": batch for n, batch in enumerate(calibration)}
     for name, batch in batches.items():
         _require_tensors(name, batch, vocab_size)
-    return quantise_model(model, {name: partial(_run_on_batch, model, batch) for name, batch in batches.items()})
+    result = quantise_model(model, {name: partial(_run_on_batch, model, batch) for name, batch in batches.items()})
+    ids = [*_input_ids(calibration)]
+    if ids and (count := len(torch.cat(ids).unique())) < FEW_TOKENS:
+        logger.warning(
+            "quantize: calibration has %d different token%s, too few to show the range of activations: give a few "
+            "dozen typical texts, or None for random tokens",
+            count,
+            "s" * (count != 1),
+        )
+    return result
+
+
+def _input_ids(batches: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
+    """Yield the token ids of batches, each flat."""
+    for batch in batches:
+        yield from _input_ids(x for x in batch.values() if isinstance(x, Mapping))
+        ids = batch.get("input_ids")
+        if isinstance(ids, Tensor) and ids.is_cpu:
+            yield ids.flatten()
 
 
 def random_tokens(model: nn.Module) -> Runs:

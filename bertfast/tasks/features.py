@@ -17,10 +17,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from bertfast.data.text_files import unpaired_surrogate
 from bertfast.data.truncation import set_truncation_side, truncation_side
 from bertfast.encoder import PackedHead, pack
 from bertfast.encoder.unpadding import Packed
 from bertfast.ops.sequences import bucket
+from bertfast.tasks.columns import Text
 
 logger = logging.getLogger("bertfast")
 
@@ -208,13 +210,16 @@ def count_labels(batch: Mapping[str, Tensor]) -> int:
     return len(labels) if labels.is_floating_point() else int((labels >= 0).sum())
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_length: int) -> Features:
+def tokenize(tokenizer: Tokenizer, texts: Sequence[Text], max_length: int) -> Features:
     """Tokenize texts or pairs of texts.
 
     Args:
         tokenizer: The tokenizer, whose side of truncation is used; it truncates nothing on return.
         texts: Texts, or pairs of texts.
         max_length: Maximum tokens per sequence; of a pair that exceeds it, the longer text is truncated first.
+
+    Raises:
+        ValueError: A text has characters that are none; the message counts texts from 1.
     """
     ids: list[np.ndarray] = []
     types: list[np.ndarray] = []
@@ -223,7 +228,11 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_l
     side = truncation_side(tokenizer)
     tokenizer.enable_truncation(max_length, strategy="longest_first", direction=side)
     for start in range(0, len(texts), TOKENIZER_BATCH):
-        encodings = tokenizer.encode_batch_fast(texts[start : start + TOKENIZER_BATCH])
+        try:
+            encodings = tokenizer.encode_batch_fast(texts[start : start + TOKENIZER_BATCH])
+        except TypeError:
+            require_characters(texts)
+            raise
         ids.append(np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int32))
         types.append(np.fromiter(chain.from_iterable(encoding.type_ids for encoding in encodings), np.uint8))
         lengths += map(len, encodings)
@@ -233,6 +242,14 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str | tuple[str, str]], max_l
     # Without texts there is no array to concatenate: begin with an empty one.
     token_ids = np.concatenate([np.empty(0, np.int32), *ids])
     return Features(token_ids, np.concatenate([np.empty(0, np.uint8), *types]), cu_seqlens, num_truncated)
+
+
+def require_characters(texts: Sequence[Text]) -> None:
+    """Raise ValueError if a text, or one of a pair, has an unpaired surrogate, which tokenizers do not take."""
+    for number, text in enumerate(texts, 1):
+        problems = map(unpaired_surrogate, (text,) if isinstance(text, str) else text)
+        if (problem := next(filter(None, problems), None)) is not None:
+            raise ValueError(f"text {number}: {problem}: replace it by one")
 
 
 def shuffled_batches(num_examples: int, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from bertfast.cli.main import main
 from bertfast.inference.embed import EmbedSettings, embed
-from bertfast.inference.embedding_files import quantize_embeddings
+from bertfast.inference.embedding_files import quantize_embeddings, require_space_for_ids
 
 TEXTS = ["the film was good", "bad", "a very bad plot and a good actor", "the", "music with a plot"]
 PRECISIONS = ["float32", "int8", "uint8", "binary", "ubinary"]
@@ -222,6 +222,21 @@ def test_a_table_with_more_ids_than_a_header_holds_is_refused(pretrained, table,
     with pytest.raises(ValueError, match=r"no space for so many ids: choose a smaller --texts-per-part"):
         run(pretrained, table, tmp_path / "out")
     assert len(read(run(pretrained, table, tmp_path / "npy", output_format="npy"), "npy")[2]) == 5
+
+
+def test_a_long_id_that_numpy_would_give_all_ids_the_space_of_is_refused(pretrained, tmp_path):
+    ids = ["a", "b" * 20_000_000, "c"]
+    file, out = tmp_path / "a.jsonl", tmp_path / "out"
+    file.write_text("\n".join(json.dumps({"sentence": "good", "id": row_id}) for row_id in [*ids[1:], *range(40)]))
+    problem = (
+        r"row 1 has an id of 20,000,000 characters, and in numpy's format 42 ids would take as many each, 3.4 GB: "
+    )
+    with pytest.raises(ValueError, match=problem + "choose --output-format parquet or safetensors, or shorter ids"):
+        run(pretrained, file, out, output_format="npy", texts_per_part=100)
+    assert not [*out.glob("*.npy")]
+    require_space_for_ids(out / "part-0.npy", [1, 2, 3], ids)  # most of which is no padding
+    require_space_for_ids(out / "part-0.npy", [*range(9_000)], ["a" * 1000] * 9_000)
+    require_space_for_ids(out / "part-0.parquet", [*range(43)], ids[1:] + ["d"] * 40)
 
 
 def test_lines_have_no_ids(pretrained, tmp_path):

@@ -140,11 +140,21 @@ def test_a_task_of_scored_pairs_has_the_correlation_that_evaluate_prints(pretrai
         ([{"image": [1]}], {}, "each batch must have texts under 'text', and has image: other modalities are"),
         ([3], {}, "each batch must have texts under 'text', but is of type int:"),
         (["a"], {"prompt_name": "x"}, "prompt_name 'x': .* has no prompts"),
+        (
+            [{"text": ["a", "b"]}, "\ud83d"],
+            {},
+            r"text 3: unpaired surrogate \\ud83d, which is not a character: replace",
+        ),
     ],
 )
 def test_inputs_without_texts_are_refused(inputs, options, message, pretrained):
     with pytest.raises(ValueError, match=message):
         open_encoder(pretrained).encode(inputs, **options)
+
+
+def test_a_prompt_of_bytes_that_are_no_text_is_refused(pretrained):
+    with pytest.raises(ValueError, match=r"--prompt: unpaired surrogate \\udcff, which is not a character: write the"):
+        open_encoder(pretrained, prompt="a \udcff")
 
 
 def test_models_that_cannot_be_compared_are_refused(pretrained, tmp_path):

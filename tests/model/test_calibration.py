@@ -1,6 +1,7 @@
 """What is wrong in the calibration of `bertfast.quantize` is named, and leaves the model as it was."""
 
 import importlib
+import logging
 import sys
 from pathlib import Path
 
@@ -114,6 +115,19 @@ def test_sentence_transformers_are_calibrated_on_what_they_tokenize(tmp_path):
     assert torch.cosine_similarity(*map(torch.from_numpy, (actual, expected))).min() > 0.99
     model.save(str(tmp_path / "int8"))
     assert is_frozen(bertfast.AutoModel.from_pretrained(tmp_path / "int8"))
+
+
+@pytest.mark.parametrize("as_dictionary", [False, True], ids=["arguments", "dictionary"])
+@pytest.mark.parametrize(("count", "warns"), [(1, True), (31, True), (32, False)])
+def test_a_calibration_of_few_different_tokens_warns_once(count, warns, as_dictionary, caplog):
+    model = live("BertModel")
+    ids = torch.arange(5, 5 + count)
+    batches = [{"input_ids": part[None]} for part in (*ids.split(16), ids[-3:])]
+    with caplog.at_level(logging.WARNING, "bertfast"):
+        bertfast.quantize(TakesDictionary(model) if as_dictionary else model, batches)
+    sentence = f"calibration has {count} different token{'s' * (count > 1)}, too few to show the range of activations:"
+    assert caplog.text.count(sentence) == warns
+    assert len(caplog.records) == warns
 
 
 @torch.no_grad()

@@ -175,12 +175,16 @@ def test_a_compiled_model_computes_the_same(family):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_are_refused():
-    model = frozen(live("BertModel"))
+@pytest.mark.parametrize("outputs", [{}, {"output_hidden_states": True}, {"output_attentions": True}], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_are_refused(precision, outputs):
+    model = frozen(live("BertModel", attn_implementation="eager"), precision)
     embeddings = torch.randn(2, 5, 64, requires_grad=True)
-    assert not model(inputs_embeds=embeddings.detach()).last_hidden_state.requires_grad
+    assert not model(inputs_embeds=embeddings.detach(), **outputs).last_hidden_state.requires_grad
     with pytest.raises(RuntimeError, match=FROZEN):
-        model(inputs_embeds=embeddings)
+        model(inputs_embeds=embeddings, **outputs)
+    with torch.no_grad():
+        model(inputs_embeds=embeddings, **outputs)
 
 
 def test_it_is_saved_as_what_it_was(tmp_path):

@@ -166,3 +166,11 @@ def test_no_texts_have_no_batches(tokenizer):
     features = tokenize(tokenizer, [], 16)
     assert (len(features), features.max_seqlen, batches_by_length(features, 64)) == (0, 0, [])
     assert features.batch(np.empty(0, np.int64))["input_ids"].shape == (1, 0)
+
+
+@pytest.mark.parametrize("text", ["a \ud800", ("a", "\ud800 b")], ids=["text", "pair"])
+def test_texts_that_are_not_unicode_are_named(text, tokenizer):
+    with pytest.raises(
+        ValueError, match=r"^text 7: unpaired surrogate \\ud800, which is not a character: replace it by"
+    ):
+        tokenize(tokenizer, [*["a"] * 6, text], 8)
