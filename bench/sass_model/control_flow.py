@@ -26,10 +26,11 @@ class Choice:
     """Which path a case takes.
 
     Attributes:
-        trips: By kind of loop ("matmul", "memory", "other"; "outer matmul" for the loop around such a loop, "outer
-            outer matmul" for the next one), how often it runs. Loops of a kind that is missing run once.
-        take: Features whose arm of a branch is taken if only one arm has them: "matmul", "dropout" (Philox), "memory"
-            (any access to global memory), "load" and "store", "mask" (many comparisons), "tanh".
+        trips: By kind of loop ("matmul", "TMA" for loads by TMA, "memory", "other"; "outer matmul" for the loop around
+            such a loop, "outer outer matmul" for the next one), how often it runs. Loops of a kind that is missing run
+            once.
+        take: Features whose arm of a branch is taken if only one arm has them: "matmul", "dropout" (Philox), "TMA",
+            "memory" (any access to global memory), "load" and "store", "mask" (many comparisons), "tanh".
         avoid: Features whose arm is not taken if only one arm has them, or only one cannot avoid them.
         outside: The choice outside of loops with matmuls, such as a last iteration after one, if it differs.
     """
@@ -124,7 +125,7 @@ class ControlFlow:
 
     def _kind(self, blocks: set[int]) -> str:
         found = self._features(blocks)
-        return "matmul" if "matmul" in found else "memory" if "memory" in found else "other"
+        return next((kind for kind in ("matmul", "TMA", "memory") if kind in found), "other")
 
     @cached_property
     def _of_block(self) -> list[set[str]]:
@@ -229,6 +230,7 @@ def _features(code: Sequence[Instruction]) -> set[str]:
     dropout = any(_PHILOX.search(line.operands) for line in code)
     tests = {
         "matmul": any(name.endswith("MMA") for name in names),
+        "TMA": "UTMALDG" in names,
         "memory": any(name.startswith(_MEMORY) for name in names),
         "load": "LDG" in names,
         "store": "STG" in names,

@@ -1,7 +1,8 @@
 """The CUDA C++ kernels whose time is predicted, at the shapes of `cases.py`, in bf16.
 
-Attention's blocks are persistent: on each sub-partition one producer warp, which is left out because it only issues TMA
-loads, and a warp of either consumer. `csrc/cuda/` says how work is divided; the constants here repeat it.
+Attention's blocks are persistent: on each sub-partition a warp of either consumer, and one of the producer's warpgroup,
+which is left out unless it computes delta: the producer itself only issues TMA loads. `csrc/cuda/` says how work is
+divided; the constants here repeat it.
 """
 
 from __future__ import annotations
@@ -86,17 +87,29 @@ def _persistent(tiles: int) -> tuple[int, int]:
     return blocks, ceil_div(tiles, blocks)
 
 
-def _consumers(trips: dict[str, int], dropout: bool, masked: bool = False) -> tuple[Choice, ...]:
-    """Return the paths of both consumers; the first one also loads the statistics of queries.
+def _consumers(trips: dict[str, int], dropout: bool, masked: bool = False, loads: bool = False) -> tuple[Choice, ...]:
+    """Return the paths of both consumers.
 
-    If `masked`, the last tile of keys is, which is computed after the loop.
+    If `masked`, the last tile of keys is, which is computed after the loop; `loads`: they read global memory.
     """
-    features = frozenset({"dropout"})
-    take, avoid = frozenset({"matmul", "store"}), frozenset({"mask"})
-    take, avoid = (take | features, avoid) if dropout else (take, avoid | features)
+    take, avoid = {"matmul", "store"}, {"mask"}
+    take |= {"load"} if dropout or loads else set()
+    (take if dropout else avoid).add("dropout")
     every = trips | _NOWHERE
-    outside = Choice(every, take | {"mask"}, avoid - {"mask"}) if masked else None
-    return Choice(every, take | {"load"}, avoid, outside), Choice(every, take, avoid, outside)
+    outside = Choice(every, frozenset(take | {"mask"}), frozenset(avoid - {"mask"})) if masked else None
+    return (Choice(every, frozenset(take), frozenset(avoid), outside),) * 2
+
+
+def _statistics_warp(steps: int, key_blocks: int, tiles: int) -> Choice:
+    """Return the path of a warp that computes delta for the consumers.
+
+    It does so in every block of keys here, not only in the first. The loop over padding slots is of the kind of its
+    inner one, so it runs a few times, too.
+    """
+    counts = HEAD_DIMENSION // 32, steps, key_blocks, tiles  # inner loops first
+    trips = {"outer " * depth + "memory": count for depth, count in enumerate(counts)} | {"other": 0}
+    others = {"outer " * depth + kind: 0 for depth in range(3) for kind in ("matmul", "TMA")}  # of other warps
+    return Choice(trips | others, frozenset({"store"}))
 
 
 def _forward(length: int, dropout: bool) -> CudaCase:
@@ -137,9 +150,10 @@ def _forward_mixed(dropout: bool) -> CudaCase:
 
 
 def _backward(length: int, dropout: bool) -> Iterator[CudaCase]:
-    """Yield delta, and the kernel over keys, which computes all gradients up to 512 tokens; else that over queries."""
+    """Yield the kernel over keys, which computes all gradients up to 512 tokens; else also delta and queries."""
     fused, flop = length <= _WHOLE, 5 * matmul_flop(length, None)
-    yield _delta(length, dropout, flop)
+    if not fused:
+        yield _delta(length, dropout, flop)
     yield _keys(length, dropout, fused, flop)
     if not fused:
         yield _queries(length, dropout, flop)
@@ -161,16 +175,20 @@ def _keys(length: int, dropout: bool, fused: bool, flop: float) -> CudaCase:
     key_blocks = across if fused else 1  # of a work tile
     prefetches = not fused or length <= _PREFETCHED
     bound = 0 if not fused else _PREFETCHED if prefetches else _WHOLE
-    trips = {"matmul": ceil_div(length, STEP), "outer matmul": key_blocks, "outer outer matmul": tiles}
+    steps = ceil_div(length, STEP)
+    trips = {"matmul": steps, "outer matmul": key_blocks, "outer outer matmul": tiles}
     loads = TOKENS // length * HEADS * across * (2 + 2 * across) * _TILE
+    roles = _consumers(trips, dropout)
+    if fused:
+        roles += (_statistics_warp(steps, key_blocks, tiles),)
     work = Work(
         blocks,
         Choice(),
         (5 if fused else 4) * matmul_flop(length, None),
-        4 * UNIT + 2 * STATISTIC,
+        (5 if fused else 4) * UNIT + (1 if fused else 2) * STATISTIC,  # o, or delta
         (3 if fused else 2) * UNIT,
-        loads,
-        _consumers(trips, dropout),
+        loads + (UNIT if fused else 0),
+        roles,
         waits=1 if prefetches else tiles * key_blocks,
         awaited=2 * _TILE,
     )
@@ -189,7 +207,7 @@ def _queries(length: int, dropout: bool, flop: float) -> CudaCase:
         4 * UNIT + 2 * STATISTIC,
         UNIT,
         loads,
-        _consumers(trips, dropout),
+        _consumers(trips, dropout, loads=True),
         waits=tiles,
         awaited=2 * _TILE,
     )

@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
   }
   zero_padding_slots((T*)a.o, a.cu_seqlens[a.sequences], a.capacity, (int64_t)a.heads * D);
   specialize_warps([&] { load_work<D>(memory, scheduler, a, &qkv); },
-                   [&] { QueryConsumer<T, D>(memory, scheduler, a).run(); });
+                   [&] { QueryConsumer<T, D>(memory, scheduler, a).run(); }, [] {});
 }
 
 void attention_forward(const AttentionForward& a, Stream stream) {

@@ -11,8 +11,9 @@
 
 namespace bertfast::cuda {
 
-constexpr int ROWS = 64;  // rows of a consumer's wgmma, and of a TMA box
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+constexpr int ROWS = 64;        // rows of a consumer's wgmma, and of a TMA box
+constexpr int REGISTERS = 504;  // of a thread of each warpgroup together
+constexpr int ASSISTING_WARPS = 2;
 constexpr int ALL_CONSUMERS = 1;                // a named barrier
 constexpr size_t MAX_SHARED_BYTES = 227 << 10;  // per block
 constexpr float LOG2_E = 1.44269504f;
@@ -196,15 +197,18 @@ DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 // The calling thread's consumer.
 DEVICE int consumer_index() { return uniform((int)threadIdx.x / 128 - 1); }
 
-// Warp specialisation: one thread runs `load`, two warpgroups run `compute`.
-template <class Load, class Compute>
-DEVICE void specialize_warps(const Load& load, const Compute& compute) {
+// Warp specialisation: one thread runs `load`, two warpgroups run `compute`, and ASSISTING_WARPS of the first
+// warpgroup run `assist`.
+template <int PRODUCER_REGISTERS = 24, class Load, class Compute, class Assist>
+DEVICE void specialize_warps(const Load& load, const Compute& compute, const Assist& assist) {
   __syncthreads();  // the mbarriers are initialised
-  if (threadIdx.x < ATTENTION_THREADS - CONSUMERS) {
+  const int warp = uniform((int)threadIdx.x / 32);
+  if (warp < (ATTENTION_THREADS - CONSUMERS) / 32) {
     setmaxnreg_dec<PRODUCER_REGISTERS>();
-    if (threadIdx.x < 32 && elect_one()) load();
+    if (warp > 0 && warp <= ASSISTING_WARPS) assist();
+    else if (warp == 0 && elect_one()) load();
   } else {
-    setmaxnreg_inc<CONSUMER_REGISTERS>();
+    setmaxnreg_inc<(REGISTERS - PRODUCER_REGISTERS) / 2>();
     compute();
   }
 }

@@ -2,6 +2,7 @@
 // gradient of softmax subtracts from the gradients of the probabilities.
 #pragma once
 #include "attention.cuh"
+#include "load_store.cuh"
 
 namespace bertfast::cuda {
 
@@ -13,9 +14,87 @@ struct Statistics {
 
   DEVICE static Statistics of(const AttentionBackward& a, const WorkTile& work, int query) {
     if (query >= work.length) return {INFINITY, 0};
-    const int64_t slot = work.head * a.capacity + work.start + query;
-    return {a.lse[slot] + log2f((float)work.length), a.delta[slot] * keep_probability(a.dropout.threshold)};
+    const int64_t slot = slot_of(a, work, query);
+    return of(a, work, a.lse[slot], a.delta[slot]);
   }
+  DEVICE static Statistics of(const AttentionBackward& a, const WorkTile& work, float lse, float delta) {
+    return {lse + log2f((float)work.length), delta * keep_probability(a.dropout.threshold)};
+  }
+  DEVICE static int64_t slot_of(const AttentionBackward& a, const WorkTile& work, int query) {
+    return work.head * a.capacity + work.start + query;
+  }
+};
+
+// Statistics are written by the assisting warps, a row per thread.
+static_assert(ASSISTING_WARPS * 32 == ROWS);
+
+// Computes delta of a step's queries, with o from global memory and d_o from shared memory. LANES lanes sum over a row
+// together, PASS_ROWS rows at a time; each lane then owns the sum of another pass.
+template <class T, int D>
+class StepDelta {
+ public:
+  static constexpr int LANES = D / 8, PASS_ROWS = 32 / LANES * ASSISTING_WARPS,
+                       BATCH = 4;  // passes whose loads are in flight
+
+  DEVICE StepDelta(const AttentionBackward& a, const WorkTile& work, int query)
+      : o_((const T*)a.o + ((work.start + query + first_row()) * a.heads + work.head) * D + lane() * 8),
+        stride_(a.heads * D),
+        rows_left_(work.length - 1 - query - first_row()) {}
+
+  // The row that the calling thread owns.
+  DEVICE static int own_row() { return lane() * PASS_ROWS + first_row(); }
+
+  // Load the rows of o of the first passes.
+  DEVICE void start() { load(0); }
+
+  // Return the sum of the row that the calling thread owns.
+  DEVICE float sum(Tile<ROWS, D>& d_o) {
+    static_assert(PASS_ROWS % 8 == 0, "the pattern of a tile repeats every 8 rows");
+    const unsigned char* const other = (const unsigned char*)d_o.at(first_row(), lane() * 8);
+    float result = 0;
+    ROLLED_FOR (int first = 0; first < LANES; first += BATCH) {
+      if (first > 0) load(first);
+      float sums[BATCH] = {};
+      UNROLL_FOR (int i = 0; i < BATCH; ++i) {
+        const Words4 x = loaded_[i], y = *(const Words4*)(other + (first + i) * PASS_ROWS * Tile<ROWS, D>::SPAN);
+        UNROLL_FOR (int j = 0; j < 8; ++j) sums[i] += element(x, j) * element(y, j);
+      }
+      const float sum = transposed_sum(sums);
+      if (lane() / BATCH * BATCH == first) result = sum;
+    }
+    return result;
+  }
+
+ private:
+  // Load o of the rows of BATCH passes; beyond the sequence's end, its last row.
+  DEVICE void load(int first) {
+    UNROLL_FOR (int i = 0; i < BATCH; ++i) {
+      const int rows = (first + i) * PASS_ROWS;
+      loaded_[i] = *(const Words4*)(o_ + (rows < rows_left_ ? rows : rows_left_) * stride_);
+    }
+  }
+
+  // Return the sum of sums[lane() % BATCH] over a row's lanes: lanes first exchange those that the other one returns.
+  DEVICE static float transposed_sum(float (&sums)[BATCH]) {
+    UNROLL_FOR (int half = BATCH / 2; half > 0; half /= 2) {
+      const bool upper = lane() & half;
+      UNROLL_FOR (int i = 0; i < half; ++i) {
+        const float kept = upper ? sums[i + half] : sums[i], sent = upper ? sums[i] : sums[i + half];
+        sums[i] = kept + __shfl_xor_sync(~0u, sent, half);
+      }
+    }
+    UNROLL_FOR (int lanes = BATCH; lanes < LANES; lanes *= 2) sums[0] += __shfl_xor_sync(~0u, sums[0], lanes);
+    return sums[0];
+  }
+
+  DEVICE static float element(const Words4& x, int i) { return widen(T{(uint16_t)(x.word[i / 2] >> i % 2 * 16)}); }
+  DEVICE static int lane() { return (int)(threadIdx.x % LANES); }
+  DEVICE static int first_row() { return (int)((threadIdx.x - 32) / LANES); }
+
+  const T* const o_;
+  const int stride_;
+  const int rows_left_;  // from the first one to the sequence's last one
+  Words4 loaded_[BATCH];
 };
 
 // delta = row sum of d_o · o for each token and head.

@@ -15,6 +15,10 @@ constexpr int MAX_FUSED_SEQLEN = D == 128 ? 128 : 512;
 template <int D>
 constexpr int MAX_PREFETCHED_SEQLEN = D == 64 ? 256 : MAX_FUSED_SEQLEN<D>;
 
+// Whether the kernel that computes d_q, too, computes delta: with D = 128 there are too few registers.
+template <int D>
+constexpr bool COMPUTES_DELTA = D != 128;
+
 // No sequence is longer than MAX_SEQLEN, and d_q is computed, too (FUSED), unless MAX_SEQLEN is 0. Keys and queries are
 // in ring buffers; that of keys has a single stage if a second one does not fit.
 template <int D, int MAX_SEQLEN>
@@ -27,10 +31,11 @@ struct KeyMemory {
   Tile<BLOCK, D> k[KEY_STAGES], v[KEY_STAGES];
   Tile<ROWS, D> q[STAGES], d_o[STAGES];
   Tile<BLOCK, ROWS> d_s;
-  Statistics statistics[2][ROWS];
+  Statistics statistics[STAGES][ROWS];
   float d_q[FUSED ? MAX_SEQLEN / ROWS : 1][FUSED ? D / 4 : 1][CONSUMERS];  // [step][register][thread]
   WorkRing work;
   uint64_t keys_full[KEY_STAGES], keys_empty[KEY_STAGES], full[STAGES], empty[STAGES];
+  uint64_t ready[STAGES];  // the statistics of a stage have been written
 };
 
 // The range of queries that attend to a block of keys, in steps of ROWS.
@@ -40,6 +45,15 @@ struct KeyPlan {
   DEVICE KeyPlan(const AttentionMask& mask, int key)
       : first_step(mask.q_begin(key) / ROWS),
         end_step(ceil_div(mask.q_end(key + BLOCK < mask.length ? key + BLOCK : mask.length), ROWS)) {}
+
+  // Whether a block of keys is the first, or the last, to which the queries of a step attend.
+  DEVICE static bool is_first(const AttentionMask& mask, int key, int step) {
+    return key < mask.kv_begin(step * ROWS) / BLOCK * BLOCK + BLOCK;
+  }
+  DEVICE static bool is_last(const AttentionMask& mask, int key, int step) {
+    const int q_end = (step + 1) * ROWS;
+    return key + BLOCK >= mask.kv_end(q_end < mask.length ? q_end : mask.length);
+  }
 };
 
 template <int D, int MAX_SEQLEN>
@@ -69,6 +83,47 @@ DEVICE void load_work(KeyMemory<D, MAX_SEQLEN>& memory, const TileScheduler& sch
   }
 }
 
+// Write the statistics of the queries of each stage. Up to 512 tokens delta is computed for the first block of keys of
+// a step, and kept in global memory for the others.
+template <class T, int D, int MAX_SEQLEN>
+DEVICE void write_statistics(KeyMemory<D, MAX_SEQLEN>& memory, const TileScheduler& scheduler,
+                             const AttentionBackward& a) {
+  using Memory = KeyMemory<D, MAX_SEQLEN>;
+  using Delta = StepDelta<T, D>;
+  constexpr bool COMPUTES = Memory::FUSED && COMPUTES_DELTA<D>;
+  const int row = Delta::own_row();
+  int steps = 0;  // so far
+  for (int turn = 0; scheduler.has(turn); ++turn) {
+    const WorkTile work = memory.work.take(turn);
+    const AttentionMask mask(a, work.length);
+    for (int key = work.first; key < work.end; key += BLOCK) {
+      const KeyPlan plan(mask, key);
+      for (int step = plan.first_step; step < plan.end_step; ++step, ++steps) {
+        const int stage = steps % Memory::STAGES, parity = steps / Memory::STAGES % 2, query = step * ROWS + row;
+        const int64_t slot = Statistics::slot_of(a, work, query);
+        const bool exists = query < work.length;
+        const float lse = exists ? a.lse[slot] : INFINITY;
+        float delta = 0;
+        bool computes = false;
+        if constexpr (COMPUTES) computes = KeyPlan::is_first(mask, key, step);
+        if (!computes && exists) delta = a.delta[slot];
+        if constexpr (COMPUTES)
+          if (computes) {
+            Delta computed(a, work, step * ROWS);
+            computed.start();
+            wait(&memory.full[stage], parity);
+            delta = computed.sum(memory.d_o[stage]);
+            if (exists && !KeyPlan::is_last(mask, key, step)) a.delta[slot] = delta;
+          }
+        if (!computes) wait(&memory.full[stage], parity);
+        memory.statistics[stage][row] = Statistics::of(a, work, lse, exists ? delta : 0.f);
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive(&memory.ready[stage]);
+      }
+    }
+  }
+}
+
 template <class T, int D, int MAX_SEQLEN>
 class KeyConsumer {
  public:
@@ -92,15 +147,14 @@ class KeyConsumer {
     const AttentionMask mask(a_, work.length);
     const KeyPlan plan(mask, key);
     float d_k[D / 2] = {}, d_v[D / 2] = {};
-    read_statistics(work, plan.first_step, steps_);
     const int key_stage = blocks_ % Memory::KEY_STAGES;
     Tile<BLOCK, D>& k = memory_.k[key_stage];
     wait(&memory_.keys_full[key_stage], blocks_ / Memory::KEY_STAGES % 2);
     if (key + BLOCK > work.length) {
       zero_rows(k, work.length - key);
       fence_proxy();
+      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
     }
-    named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // the statistics have been written too
     for (int step = plan.first_step; step < plan.end_step; ++step, ++steps_) {
       const int stage = steps_ % Memory::STAGES, query = step * ROWS;
       Tile<ROWS, D>&q = memory_.q[stage], &d_o = memory_.d_o[stage];
@@ -112,6 +166,7 @@ class KeyConsumer {
       }
       float p[ROWS / 2], d_s[ROWS / 2];
       compute_scores(k, memory_.v[key_stage], q, d_o, p, d_s);
+      wait(&memory_.ready[stage], steps_ / Memory::STAGES % 2);
       uint32_t p_pairs[ROWS / 16][4], d_s_pairs[ROWS / 16][4];
       if constexpr (D == 128) differentiate_softmax(mask, dropout_mask_.drops(), key, query, p, d_s);
       else if (dropout_mask_.drops()) differentiate_softmax(mask, std::true_type{}, key, query, p, d_s);
@@ -130,14 +185,13 @@ class KeyConsumer {
           wgmma<Major::mn, Major::mn>(T{}, d_q, memory_.d_s.template slice<Major::mn>(depth),
                                       k.template slice<Major::mn>(depth, consumer_ * (D / 2)), depth > 0);
       commit_wgmma();
-      if (step + 1 < plan.end_step) read_statistics(work, step + 1, steps_ + 1);
       wait_wgmma<0>(d_k, d_v);
       if (threadIdx.x % 32 == 0) arrive(&memory_.empty[stage]);
       if constexpr (Memory::FUSED) {
         keep_in_registers(d_q);
         add_to_queries(work, mask, a_.scale * dropout_mask_.scale(), key, step, d_q);
       }
-      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // d_s has been read, and the next statistics are written
+      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // d_s has been read
     }
     if (threadIdx.x % 32 == 0) arrive(&memory_.keys_empty[key_stage]);
     const int row = key + consumer_ * ROWS;
@@ -179,7 +233,7 @@ class KeyConsumer {
                                     float (&p)[ROWS / 2], float (&d_s)[ROWS / 2]) const {
     constexpr int CHUNK = D == 128 ? 4 : 16;
     const float scale = a_.scale * LOG2_E;
-    const Statistics* const statistics = memory_.statistics[steps_ % 2];
+    const Statistics* const statistics = memory_.statistics[steps_ % Memory::STAGES];
     const bool limited = mask.limits(query, ROWS, key, BLOCK);
     key += consumer_ * ROWS;
     uint32_t kept = KeptElements::ALL;
@@ -214,19 +268,11 @@ class KeyConsumer {
         if (fragment_row(2 * i) >= rows) d_s_pairs[i / 4][i % 4] = 0;
   }
 
-  // Load the statistics of a step's queries into buffer index % 2; they are read after the next named barrier.
-  DEVICE void read_statistics(const WorkTile& work, int step, int index) {
-    const int row = (int)threadIdx.x - (ATTENTION_THREADS - CONSUMERS);
-    if (row < ROWS) memory_.statistics[index % 2][row] = Statistics::of(a_, work, step * ROWS + row);
-  }
-
   // Add to a step's d_q in shared memory; after the last block of keys, write it, times `factor`, to global memory.
   DEVICE void add_to_queries(const WorkTile& work, const AttentionMask& mask, float factor, int key, int step,
                              float (&d_q)[D / 4]) {
     const int query = step * ROWS, thread = (int)threadIdx.x - (ATTENTION_THREADS - CONSUMERS);
-    const int q_end = query + ROWS < work.length ? query + ROWS : work.length;
-    const bool first = key < mask.kv_begin(query) / BLOCK * BLOCK + BLOCK;
-    const bool last = key + BLOCK >= mask.kv_end(q_end);
+    const bool first = KeyPlan::is_first(mask, key, step), last = KeyPlan::is_last(mask, key, step);
     UNROLL_FOR (int i = 0; i < D / 4; ++i) {
       float& partial = memory_.d_q[step][i][thread];
       if (!first) d_q[i] += partial;
@@ -257,14 +303,17 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
   static_assert(sizeof(Memory) <= MAX_SHARED_BYTES);
   Memory& memory = shared_memory<Memory>();
   if (threadIdx.x == 0) {
-    init_ring(memory.work.full, memory.work.empty);
+    init_ring(memory.work.full, memory.work.empty, CONSUMERS / 32 + ASSISTING_WARPS);
     init_ring(memory.keys_full, memory.keys_empty);
     init_ring(memory.full, memory.empty);
+    for (uint64_t& ready : memory.ready) init(&ready, ASSISTING_WARPS);
     fence_init();
   }
   zero_padding_slots((T*)a.d_qkv, a.cu_seqlens[a.sequences], a.capacity, (int64_t)3 * a.heads * D);
-  specialize_warps([&] { load_work<D, MAX_SEQLEN>(memory, scheduler, a, &qkv, &d_o); },
-                   [&] { KeyConsumer<T, D, MAX_SEQLEN>(memory, scheduler, a).run(); });
+  specialize_warps<Memory::FUSED && COMPUTES_DELTA<D> ? 56 : 40>(
+      [&] { load_work<D, MAX_SEQLEN>(memory, scheduler, a, &qkv, &d_o); },
+      [&] { KeyConsumer<T, D, MAX_SEQLEN>(memory, scheduler, a).run(); },
+      [&] { write_statistics<T, D, MAX_SEQLEN>(memory, scheduler, a); });
 }
 
 }  // namespace bertfast::cuda

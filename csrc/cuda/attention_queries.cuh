@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     fence_init();
   }
   specialize_warps([&] { load_work<D>(memory, scheduler, a, &qkv, &d_o); },
-                   [&] { differentiate_queries<T, D>(memory, scheduler, a); });
+                   [&] { differentiate_queries<T, D>(memory, scheduler, a); }, [] {});
 }
 
 }  // namespace bertfast::cuda

@@ -37,6 +37,7 @@ struct alignas(16) Words4 {
 
 #define DEVICE __device__ __forceinline__
 #define UNROLL_FOR _Pragma("unroll") for
+#define ROLLED_FOR _Pragma("unroll 1") for  // to save registers
 #define UNROLL_4_FOR _Pragma("unroll 4") for  // so that several loads are in flight
 
 #if defined(__CUDACC__)

@@ -11,8 +11,10 @@
 
 #undef UNROLL_FOR  // gcc has another pragma
 #undef UNROLL_4_FOR
+#undef ROLLED_FOR
 #define UNROLL_FOR for
 #define UNROLL_4_FOR for
+#define ROLLED_FOR for
 #define __global__
 #define __device__
 #define __host__
