@@ -10,6 +10,13 @@ DEVICE float fast_exp2(float x) {
   return y;
 }
 
+// log2 of x, to 2^-22.
+DEVICE float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 1 / x, to 1 ulp.
 DEVICE float fast_reciprocal(float x) {
   float y;

@@ -124,7 +124,7 @@ class QueryConsumer {
 
   DEVICE void run() {
     for (int turn = 0; scheduler_.has(turn); ++turn) {
-      const WorkTile work = memory_.work.take(turn);
+      const WorkTile work = uniform(memory_.work.take(turn));
       if (work.is_empty()) continue;
       const AttentionMask mask(a_, work.length);
       const ForwardPlan plan(work, mask);
@@ -229,10 +229,10 @@ class QueryConsumer {
       const int row = fragment_row(2 * h);
       if (query + row < work.end && threadIdx.x % 4 == 0)
         a_.lse[work.head * a_.capacity + token + row] =
-            state.m_i[h] * (a_.scale * LOG2_E) + log2f(state.l_i[h] / (float)work.length);
+            state.m_i[h] * (a_.scale * LOG2_E) + fast_log2(state.l_i[h] * fast_reciprocal((float)work.length));
     }
     const float factor = dropout_mask_.scale();
-    store_rows(sums, factor / state.l_i[0], factor / state.l_i[1], work.end - query,
+    store_rows(sums, factor * fast_reciprocal(state.l_i[0]), factor * fast_reciprocal(state.l_i[1]), work.end - query,
                (T*)a_.o + (token * a_.heads + work.head) * D, (int64_t)a_.heads * D);
   }
 

@@ -190,10 +190,6 @@ class AttentionDropoutMask {
 // The first of the calling warp's 16 rows within its warpgroup's 64.
 DEVICE int warp_row() { return (int)threadIdx.x % 128 / 32 * 16; }
 
-// x, which is the same in all threads of a warp, by a shuffle, so that the compiler knows that it is: descriptors of
-// wgmma are then computed in uniform registers, where it takes them from.
-DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-
 // The calling thread's consumer.
 DEVICE int consumer_index() { return uniform((int)threadIdx.x / 128 - 1); }
 

@@ -69,7 +69,7 @@ DEVICE void differentiate_queries(QueryMemory<D>& memory, const TileScheduler& s
   const float scale = a.scale * LOG2_E;
   int done = 0, tiles = 0;  // work tiles and key tiles so far
   for (int turn = 0; scheduler.has(turn); ++turn) {
-    const WorkTile work = memory.work.take(turn);
+    const WorkTile work = uniform(memory.work.take(turn));
     if (work.is_empty()) continue;
     const AttentionMask mask(a, work.length);
     AttentionDropoutMask<true> dropout_mask(a.dropout);  // once per kernel it would cost registers: 5 % more time

@@ -9,6 +9,10 @@ namespace bertfast::cuda {
 constexpr int ATTENTION_THREADS = 384, CONSUMERS = 256;
 constexpr int BLOCK = 128;  // queries, or keys, of both consumers together
 
+// x, which is the same in all threads of a warp, by a shuffle, so that the compiler knows that it is: descriptors of
+// wgmma are then computed in uniform registers, where it takes them from.
+DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // One head of a sequence, tokens first … end - 1: queries, or keys in the backward pass over keys.
@@ -74,6 +78,12 @@ struct TileScheduler {
     return turn * blocks + (turn % 2 == 0 ? block : blocks - 1 - block);
   }
 };
+
+// The same work tile, in uniform registers.
+DEVICE WorkTile uniform(const WorkTile& work) {
+  return {uniform((int)work.start), uniform(work.length), uniform(work.head),
+          uniform(work.first),      uniform(work.end),    work.sequence_id};
+}
 
 // Initialise the barriers of a ring of stages, which one thread fills and `warps` warps empty.
 template <int STAGES>

@@ -244,6 +244,7 @@ void wait_copies() {
 }
 
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_log2(float x) { return std::log2(x); }
 inline float fast_reciprocal(float x) { return 1.f / x; }
 
 inline uint32_t sign_masks(uint32_t x, int byte) {
