@@ -163,7 +163,7 @@ def add_layer_norm_backward(
     d_x, d_residual, d_parameters = out
     tokens, hidden = x.shape
     constants = row_config(hidden, d_y, x, residual, summing=True)
-    programs = summing_programs(ceil_div(tokens, constants["ROWS"]), x.device)
+    programs = summing_programs(ceil_div(tokens, constants["ROWS"]), x.device, constants["num_warps"])
     sums = x.new_empty((programs, 3, hidden), dtype=torch.float32)
     add_layer_norm_backward_kernel[(programs,)](
         d_y, d_copy, x, residual, bias, gamma, mean, rstd, (seed, sequence_ids, positions),

@@ -81,7 +81,7 @@ def bias_gelu_backward(d_y, x, bias, approximate, *, out):
     tokens, columns = x.shape
     constants = tile_config(columns, d_y, x)
     tiles, blocks = ceil_div(tokens, constants["ROWS"]), ceil_div(columns, constants["BLOCK"])
-    programs = ceil_div(summing_programs(tiles * blocks, x.device), blocks)
+    programs = ceil_div(summing_programs(tiles * blocks, x.device, constants["num_warps"]), blocks)
     sums = x.new_empty((programs, columns), dtype=torch.float32)
     bias_gelu_backward_kernel[(programs, blocks)](
         d_y, x, bias, d_x, sums, tokens, d_y.stride(0), x.stride(0), approximate, **constants

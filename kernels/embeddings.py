@@ -178,7 +178,7 @@ def embeddings_backward(
     tables = tuple(in_rows(table) for table in (word, token_type, position))
     tokens, hidden = d_y.shape
     constants = row_config(hidden, d_y, *tables, summing=True)
-    programs = summing_programs(ceil_div(tokens, constants["ROWS"]), d_y.device)
+    programs = summing_programs(ceil_div(tokens, constants["ROWS"]), d_y.device, constants["num_warps"])
     # As in autograd: the dtype of the sum of the three embeddings, fp32 if any of them is.
     widest = torch.promote_types(torch.promote_types(word.dtype, position.dtype), token_type.dtype)
     d_z = d_y.new_empty(d_y.shape, dtype=widest)

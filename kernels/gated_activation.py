@@ -107,7 +107,7 @@ def gated_activation_backward(d_y, x, bias, activation, *, out):
     tokens, columns = d_y.shape
     constants = tile_config(columns, d_y, x, rows=_ROWS)
     tiles, blocks = ceil_div(tokens, constants["ROWS"]), ceil_div(columns, constants["BLOCK"])
-    programs = ceil_div(summing_programs(tiles * blocks, x.device), blocks)
+    programs = ceil_div(summing_programs(tiles * blocks, x.device, constants["num_warps"]), blocks)
     sums = None if bias is None else x.new_empty((programs, 2 * columns), dtype=torch.float32)
     gated_activation_backward_kernel[(programs, blocks)](
         d_y, x, bias, d_x, sums, tokens, d_y.stride(0), x.stride(0), activation, **constants

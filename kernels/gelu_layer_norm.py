@@ -133,7 +133,7 @@ def gelu_layer_norm_backward(d_y, x, bias, gamma, mean, rstd, *, out):
     d_x, d_parameters = out
     count, hidden = x.shape
     constants = row_config(hidden, d_y, x, summing=True)
-    programs = summing_programs(ceil_div(count, constants["ROWS"]), x.device)
+    programs = summing_programs(ceil_div(count, constants["ROWS"]), x.device, constants["num_warps"])
     sums = x.new_empty((programs, 3, hidden), dtype=torch.float32)
     gelu_layer_norm_backward_kernel[(programs,)](
         d_y, x, bias, gamma, mean, rstd, d_x, sums, count, d_y.stride(0), x.stride(0), **constants

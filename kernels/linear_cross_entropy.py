@@ -31,7 +31,8 @@ from bertfast.kernels.sum_by_index import sum_by_index
 
 _ROWS, _BLOCK = 32, 64  # rows and columns of a tile; C is a multiple of these columns, so they need no mask
 _NO_COLUMN = tl.constexpr(1 << 30)  # larger than any column
-_LANES = 512  # per row: four accesses of 16 bytes for each thread of four warps
+_WARPS = 4
+_LANES = 512  # per row: four accesses of 16 bytes for each thread of _WARPS warps
 
 
 @kernel(specialize=("columns",))
@@ -144,18 +145,18 @@ def _in_chunks(
     losses, correct = x.new_empty(rows, dtype=torch.float32), torch.empty_like(labels, dtype=torch.bool)
     row_max, scale = torch.empty_like(losses), torch.empty_like(losses)
     tiles, blocks = ceil_div(min(chunk, rows), _ROWS), columns // _BLOCK
-    programs = ceil_div(summing_programs(tiles * blocks, x.device), blocks)
+    programs = ceil_div(summing_programs(tiles * blocks, x.device, _WARPS), blocks)
     sums = x.new_zeros((programs, columns), dtype=torch.float32)
 
     def differentiate(logits: Tensor, chunk_rows: slice) -> None:
         statistics = labels[chunk_rows], row_max[chunk_rows], scale[chunk_rows]
         cross_entropy_kernel[(len(logits),)](
             logits, padded_bias, *statistics, losses[chunk_rows], correct[chunk_rows], columns, vocab_size,
-            LANES=_LANES, WIDTH=16 // x.element_size(), num_warps=4,
+            LANES=_LANES, WIDTH=16 // x.element_size(), num_warps=_WARPS,
         )  # fmt: skip
         if any(needs_grad):
             cross_entropy_gradient_kernel[(programs, blocks)](
-                logits, padded_bias, *statistics, sums, len(logits), columns, ROWS=_ROWS, BLOCK=_BLOCK, num_warps=4
+                logits, padded_bias, *statistics, sums, len(logits), columns, ROWS=_ROWS, BLOCK=_BLOCK, num_warps=_WARPS
             )
 
     d_weight = gradients_in_chunks(x, weight, needs_grad, chunk, differentiate)

@@ -179,7 +179,7 @@ def pre_norm_backward(
     tokens, hidden = stream.shape
     read = (tensor for tensor in (stream, d_stream, d_normed) if tensor is not None)
     constants = row_config(hidden, *read, summing=True)
-    programs = summing_programs(ceil_div(tokens, constants["ROWS"]), stream.device)
+    programs = summing_programs(ceil_div(tokens, constants["ROWS"]), stream.device, constants["num_warps"])
     sums = stream.new_empty((programs, 3, hidden), dtype=torch.float32)
     pre_norm_backward_kernel[(programs,)](
         stream, d_stream, d_normed, gamma, mean, rstd, (seed, sequence_ids, positions),

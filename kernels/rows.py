@@ -20,7 +20,7 @@ from bertfast.kernels.device import sm_count
 
 _CHUNKS = (2048, 1024, 512, 256, 128)
 _ONE_WARP = 1024  # maximum columns of a row that one warp holds
-_PROGRAMS_PER_SM = 4  # of a kernel that sums over rows
+_WARPS_PER_SM = 16  # of a kernel that sums over rows
 # Pipeline stages of such a kernel's loop: the rows of the next two tiles are being copied to shared memory, or of the
 # next one if rows are so wide that three stages exceed the shared memory of sm_120 (99 KiB).
 STAGES, STAGES_IF_WIDE = tl.constexpr(3), tl.constexpr(2)
@@ -53,9 +53,15 @@ def _row_config(columns: int, element_size: int, summing: bool) -> Mapping[str, 
     return MappingProxyType({"H": columns, "CHUNK": chunk, "ROWS": max(warps * warp // chunk, 1), **options})
 
 
-def summing_programs(tiles: int, device: torch.device) -> int:
-    """Return the number of programs of a kernel that sums over rows: as many as are resident on the GPU."""
-    return max(min(tiles, _PROGRAMS_PER_SM * sm_count(device)), 1)
+def summing_programs(tiles: int, device: torch.device, warps: int) -> int:
+    """Return the number of programs of a kernel that sums over rows: as many as are resident on the GPU.
+
+    Args:
+        tiles: Number of tiles of rows; no program is without one.
+        device: The GPU.
+        warps: Warps of a program. Its registers, 128 of a lane, leave room for _WARPS_PER_SM warps on an SM.
+    """
+    return max(min(tiles, max(_WARPS_PER_SM // warps, 1) * sm_count(device)), 1)
 
 
 def in_rows(x: Tensor) -> Tensor:

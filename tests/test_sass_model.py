@@ -270,6 +270,15 @@ def test_a_copy_is_bound_by_memory():
     assert predicted.bound.startswith("dram")
 
 
+def test_blocks_of_three_warps_that_are_resident_together_run_together():
+    """Five of them are 15 warps: a sub-partition has four or three of them at a time, and none waits for another."""
+    chain = listing([*[("MUFU.EX2 R1, R1", Control(1, result=0, waits=(0,)))] * 10, EXIT])
+    kernel = kernel_time.Kernel(chain, 3, 104, 0)
+    one, all_resident = (kernel_time.predict(kernel, work(132 * count), H200) for count in (1, 5))
+    assert all_resident.resident == 5
+    assert all_resident.seconds < 1.5 * one.seconds
+
+
 def test_a_path_with_too_few_matmuls_is_refused():
     kernel = kernel_time.Kernel(listing([("HGMMA.64x64x16.F32 R24, R4, gdesc[UR4], R24", Control(1)), EXIT]), 4, 64, 0)
     flop = 132 * 2 * 64 * 64 * 16

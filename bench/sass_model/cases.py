@@ -16,7 +16,7 @@ from bench.sass_model.constants import H200
 from bench.sass_model.control_flow import Choice
 from bench.sass_model.kernel_time import Work
 from bertfast.kernels.attention_tiles import tile_table
-from bertfast.kernels.rows import _PROGRAMS_PER_SM
+from bertfast.kernels.rows import _WARPS_PER_SM
 
 TOKENS = 32_768
 MIXED = tuple(range(4, 513, 4))  # lengths of sequences, 33,024 tokens together
@@ -24,7 +24,6 @@ HEADS, HEAD_DIMENSION = 12, 64
 HALF, SINGLE = 2, 4  # bytes of an element
 UNIT = TOKENS * HEADS * HEAD_DIMENSION * HALF  # bytes of q, k, v, o or a gradient of one
 STATISTIC = SINGLE * TOKENS * HEADS  # bytes of the log-sum-exp, or of delta
-_PROGRAMS = _PROGRAMS_PER_SM * H200.sms  # of a row kernel that sums over rows
 
 Options = dict[str, Any]
 
@@ -243,6 +242,12 @@ def _row_kernels(
     return Launch(name, run, cases)
 
 
+def _programs(options: Options) -> int:
+    """Return the programs of a row kernel that sums over rows, if there are enough tiles."""
+    warps: int = options["num_warps"]
+    return max(_WARPS_PER_SM // warps, 1) * H200.sms
+
+
 def _each_row(reads: int, writes: int) -> Callable[[Options], Work]:
     """Return the work of a kernel whose blocks have ROWS rows; bytes per row."""
 
@@ -258,7 +263,7 @@ def _summing(reads: int, writes: int) -> Callable[[Options], Work]:
 
     def work(options: Options) -> Work:
         tiles = ceil_div(TOKENS, options["ROWS"])
-        blocks = min(tiles, _PROGRAMS)
+        blocks = min(tiles, _programs(options))
         choice = Choice({"memory": ceil_div(tiles, blocks)})
         return Work(blocks, choice, 0, reads * TOKENS, writes * TOKENS, reads * TOKENS)
 
@@ -270,7 +275,7 @@ def _column_tiles(columns: int, reads: int, writes: int, summing: bool) -> Calla
 
     def work(options: Options) -> Work:
         across, tiles = ceil_div(columns, options["BLOCK"]), ceil_div(TOKENS, options["ROWS"])
-        down = ceil_div(min(tiles * across, _PROGRAMS), across) if summing else tiles
+        down = ceil_div(min(tiles * across, _programs(options)), across) if summing else tiles
         choice = Choice({"memory": ceil_div(tiles, down)} if summing else {})
         return Work(down * across, choice, 0, reads * TOKENS, writes * TOKENS, reads * TOKENS)
 

@@ -108,7 +108,7 @@ def predict(kernel: Kernel, work: Work, gpu: Gpu) -> Prediction:
     if kernel.warps >= parts:
         warps, slots, blocks = kernel.warps // parts, resident, of_sm
     else:
-        warps, slots = 1, max(resident * kernel.warps // parts, 1)
+        warps, slots = 1, -(-resident * kernel.warps // parts)
         blocks = -(-of_sm * kernel.warps // parts)
     if not work.roles:
         paths *= warps

@@ -23,7 +23,7 @@ if INTERPRETED:
 collect_ignore = [] if KERNELS == "cuda" else ["test_cuda.py"]
 collect_ignore += [] if KERNELS == "cpu" else ["test_packed_linear.py"]
 if KERNELS != "triton":
-    only_triton = ("attention_tiles", "gather", "linear_gelu", "sum_by_index")
+    only_triton = ("attention_tiles", "gather", "linear_gelu", "rows", "sum_by_index")
     collect_ignore += [f"test_{name}.py" for name in only_triton]
     collect_ignore += [f"test_{name}.py" for name in WITHOUT_CUDA_KERNEL]
     if native.UNAVAILABLE_REASON is not None:
