@@ -233,13 +233,14 @@ def test_a_block_that_does_not_fit_is_an_error():
         occupancy.blocks_per_sm(4, 32, 228 << 10)
 
 
-def test_work_is_distributed_as_the_hardware_or_a_stride_does():
+def test_work_is_distributed_as_the_hardware_or_turns_do():
     costs = [4.0, 1.0, 1.0, 1.0, 1.0]
     assert schedule.dispatched(costs, 2) == 4
     assert schedule.dispatched(costs[::-1], 2) == 6  # the longest block starts last
-    assert schedule.strided(costs, 2) == 6
+    assert schedule.alternating(costs, 2) == 6  # 4 + 1 + 1, and 1 + 1
+    assert schedule.alternating([4.0, 3.0, 2.0, 1.0], 2) == 5  # 4 + 1 and 3 + 2
     assert schedule.balance(costs, 4, 2) == 1
-    assert schedule.strided([], 2) == 0
+    assert schedule.alternating([], 2) == 0
 
 
 def work(blocks: int, **changes) -> kernel_time.Work:
@@ -336,7 +337,7 @@ def test_loads_outside_of_a_warps_path_bound_the_time():
     assert predicted.bound == "dram 100%"
 
 
-def test_persistent_blocks_take_every_so_many_th_head(monkeypatch):
+def test_persistent_blocks_take_turns_at_the_longest_sequences_first(monkeypatch):
     """A fake prediction: a work tile takes as many cycles as its sequence is long; two SMs, one head."""
     monkeypatch.setattr(
         mixed_lengths,
@@ -347,11 +348,11 @@ def test_persistent_blocks_take_every_so_many_th_head(monkeypatch):
 
     def predicted(*lengths: int) -> kernel_time.Prediction:
         batch = mixed_lengths.Batch(lengths, 1, rows=128, step=128)
-        return mixed_lengths.predict_strided(kernel, lambda length: work(length, tiles=3), batch, work(1), gpu)
+        return mixed_lengths.predict_persistent(kernel, lambda length: work(length, tiles=3), batch, work(1), gpu)
 
-    assert predicted(512, 128, 512, 128).seconds * gpu.clock == pytest.approx(1024)  # one of the SMs has both long ones
-    assert predicted(512, 512, 128, 128).seconds * gpu.clock == pytest.approx(640)
-    assert predicted(512, 128, 512, 128).bound.endswith("balance of SMs 62%)")
+    assert predicted(512, 128, 512, 128).seconds * gpu.clock == pytest.approx(640)
+    assert predicted(128, 256, 384, 512).seconds * gpu.clock == pytest.approx(640)  # 512 + 128, and 384 + 256
+    assert predicted(512, 128, 128).bound.endswith("balance of SMs 75%")
 
 
 def test_code_outside_of_loops_with_matmuls_can_take_another_path():

@@ -7,7 +7,6 @@ divided; the constants here repeat it.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +34,7 @@ GELU_BLOCKS_PER_SM, GELU_ROWS, GELU_COLUMNS = 8, 4, 1024  # csrc/cuda/bias_gelu.
 _WHOLE = 512  # tokens up to which a work tile is a sequence
 _PREFETCHED = 256  # tokens up to which the backward pass has room for two blocks of keys
 _TILE = BLOCK * HEAD_DIMENSION * HALF  # bytes of BLOCK rows of one head
+_FORWARD, _KEYS = "attention_forward_kernel<BFloat16, 64>", "attention_keys_kernel<BFloat16, 64, {}>"
 _NOWHERE = {"memory": 0, "other": 0}  # loops that no case runs: over padding slots, and waits for barriers in memory
 
 
@@ -70,7 +70,7 @@ def cuda_cases() -> Iterator[CudaCase]:
             yield _forward(length, dropout)
             yield from _backward(length, dropout)
         yield _forward(300, dropout)
-        yield _forward_mixed(dropout)
+        yield _mixed(_FORWARD, dropout, partial(_forward_work, dropout=dropout), 2)
     for dropout in (False, True):
         yield from _add_layer_norm(768, dropout)
     yield from _bias_gelu(3072)
@@ -113,7 +113,7 @@ def _statistics_warp(steps: int, key_blocks: int, tiles: int) -> Choice:
 
 
 def _forward(length: int, dropout: bool) -> CudaCase:
-    return _attention("attention_forward_kernel<BFloat16, 64>", length, dropout, _forward_work(length, dropout))
+    return _attention(_FORWARD, length, dropout, _forward_work(length, dropout))
 
 
 def _forward_work(length: int, dropout: bool) -> Work:
@@ -136,17 +136,13 @@ def _forward_work(length: int, dropout: bool) -> Work:
     )
 
 
-def _forward_mixed(dropout: bool) -> CudaCase:
-    """Return the case of the sequences of MIXED in a random order, each of which is one work tile per head."""
-    lengths = random.Random(0).sample(MIXED, len(MIXED))
-    share = sum(lengths) / TOKENS
-    uniform = _forward_work(max(lengths), dropout)
-    flop = 4.0 * HEADS * HEAD_DIMENSION * sum(length * length for length in lengths)
+def _mixed(kernel: str, dropout: bool, work_of: Callable[[int], Work], matmuls: int) -> CudaCase:
+    """Return the case of the sequences of MIXED, each of which is one work tile per head."""
+    share, uniform = sum(MIXED) / TOKENS, work_of(max(MIXED))
+    flop = matmuls * 2.0 * HEADS * HEAD_DIMENSION * sum(length * length for length in MIXED)
     total = replace(uniform, flop=flop, reads=uniform.reads * share, writes=uniform.writes * share)
     case = f"lengths 4 to {max(MIXED)}" + (", dropout" if dropout else "")
-    kernel = "attention_forward_kernel<BFloat16, 64>"
-    work_of = partial(_forward_work, dropout=dropout)
-    return CudaCase(kernel, case, ATTENTION_WARPS, 224 << 10, total, lengths=tuple(lengths), work_of=work_of)
+    return CudaCase(kernel, case, ATTENTION_WARPS, 224 << 10, total, lengths=MIXED, work_of=work_of)
 
 
 def _backward(length: int, dropout: bool) -> Iterator[CudaCase]:
@@ -170,18 +166,21 @@ def _delta(length: int, dropout: bool, flop: float) -> CudaCase:
 
 
 def _keys(length: int, dropout: bool, fused: bool, flop: float) -> CudaCase:
-    across = ceil_div(length, BLOCK)
+    bound = 0 if not fused else _PREFETCHED if length <= _PREFETCHED else _WHOLE
+    return _attention(_KEYS.format(bound), length, dropout, _keys_work(length, dropout, bound), flop)
+
+
+def _keys_work(length: int, dropout: bool, bound: int) -> Work:
+    """Return the work of the kernel for sequences of up to `bound` tokens; of any length if it is 0."""
+    fused, across, steps = bound > 0, ceil_div(length, BLOCK), ceil_div(length, STEP)
     blocks, tiles = _persistent(TOKENS // length * HEADS * (1 if fused else across))
     key_blocks = across if fused else 1  # of a work tile
-    prefetches = not fused or length <= _PREFETCHED
-    bound = 0 if not fused else _PREFETCHED if prefetches else _WHOLE
-    steps = ceil_div(length, STEP)
     trips = {"matmul": steps, "outer matmul": key_blocks, "outer outer matmul": tiles}
     loads = TOKENS // length * HEADS * across * (2 + 2 * across) * _TILE
     roles = _consumers(trips, dropout)
     if fused:
         roles += (_statistics_warp(steps, key_blocks, tiles),)
-    work = Work(
+    return Work(
         blocks,
         Choice(),
         (5 if fused else 4) * matmul_flop(length, None),
@@ -189,10 +188,10 @@ def _keys(length: int, dropout: bool, fused: bool, flop: float) -> CudaCase:
         (3 if fused else 2) * UNIT,
         loads + (UNIT if fused else 0),
         roles,
-        waits=1 if prefetches else tiles * key_blocks,
+        tiles=tiles,
+        waits=tiles * key_blocks if bound == _WHOLE else 1,
         awaited=2 * _TILE,
     )
-    return _attention(f"attention_keys_kernel<BFloat16, 64, {bound}>", length, dropout, work, flop)
 
 
 def _queries(length: int, dropout: bool, flop: float) -> CudaCase:

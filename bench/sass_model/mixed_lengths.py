@@ -63,25 +63,27 @@ def predict_mixed(kernel: Kernel, work_of: Callable[[int], Work], batch: Batch, 
     )
 
 
-def predict_strided(kernel: Kernel, work_of: Callable[[int], Work], batch: Batch, total: Work, gpu: Gpu) -> Prediction:
-    """Return the predicted time of persistent blocks, each of which takes every so many-th head of the sequences.
+def predict_persistent(
+    kernel: Kernel, work_of: Callable[[int], Work], batch: Batch, total: Work, gpu: Gpu
+) -> Prediction:
+    """Return the predicted time of persistent blocks, which take the heads of sequences in turns, the longest first.
 
     Args:
         kernel: The machine code.
         work_of: Returns the work of a launch whose sequences all have one length, whose blocks have `tiles` work tiles.
-        batch: The sequences, in their order.
+        batch: The sequences.
         total: The work of the launch, for its limit.
         gpu: The GPU.
     """
     found: dict[tuple[int, bool], float] = {}
     costs: list[float] = []
-    for length in batch.lengths:
+    for length in sorted(batch.lengths, reverse=True):
         key = length // batch.step, length % batch.step > 0
         if key not in found:
             uniform = work_of(length)
             found[key] = predict(kernel, uniform, gpu).block_cycles / max(uniform.tiles, 1)
         costs += [found[key]] * batch.heads
     blocks = min(len(costs), gpu.sms)
-    cycles, shortest = schedule.strided(costs, blocks), limit(total, gpu)
+    cycles, shortest = schedule.alternating(costs, blocks), limit(total, gpu)
     share = schedule.balance(costs, cycles, blocks)
     return Prediction(max(cycles / gpu.clock, shortest), cycles, 1, shortest, {"balance of SMs": share})

@@ -27,10 +27,10 @@ from bench.sass_model import targets
 from bench.sass_model.ahead_of_time import compile_only, disassemble
 from bench.sass_model.cases import HEADS, Case, Launch, launches
 from bench.sass_model.constants import H200, VERSION
-from bench.sass_model.cuda_cases import BLOCK, cuda_cases
+from bench.sass_model.cuda_cases import BLOCK, STEP, cuda_cases
 from bench.sass_model.kernel_time import Kernel, Prediction, Work, predict
 from bench.sass_model.machine_code import Code, nvcc_version, pack, read_cuda
-from bench.sass_model.mixed_lengths import Batch, predict_mixed, predict_strided
+from bench.sass_model.mixed_lengths import Batch, predict_mixed, predict_persistent
 
 PAGE = RESULTS / "sass_model.md"
 KEPT = RESULTS / "sass_listings.json.xz"  # code that the page predicts, see `machine_code.py`
@@ -173,8 +173,8 @@ def cuda_rows(codes: Iterable[Code]) -> Iterator[Row]:
         if case.work_of is None:
             prediction = predict(kernel, case.work, H200)
         else:
-            batch = Batch(case.lengths, HEADS, BLOCK, BLOCK)
-            prediction = predict_strided(kernel, case.work_of, batch, case.work, H200)
+            batch = Batch(case.lengths, HEADS, BLOCK, STEP)
+            prediction = predict_persistent(kernel, case.work_of, batch, case.work, H200)
         yield Row(
             case.kernel, case.case, f"{case.warps} warps", code.registers, case.work, prediction, case.pass_flop, True
         )

@@ -19,9 +19,17 @@ def dispatched(costs: Sequence[float], slots: int) -> float:
     return max(ends)
 
 
-def strided(costs: Sequence[float], blocks: int) -> float:
-    """Return when the last of `blocks` persistent blocks ends, each of which takes every `blocks`-th work tile."""
-    return max((sum(costs[block::blocks]) for block in range(blocks)), default=0.0)
+def alternating(costs: Sequence[float], blocks: int) -> float:
+    """Return when the last of `blocks` persistent blocks ends.
+
+    Each takes one work tile per turn, in the order of the list, and every other turn runs backwards, as in
+    `csrc/cuda/work_tiles.cuh`.
+    """
+    ends = [0.0] * blocks
+    for turn, start in enumerate(range(0, len(costs), blocks)):
+        for block, cost in enumerate(costs[start : start + blocks]):
+            ends[block if turn % 2 == 0 else blocks - 1 - block] += cost
+    return max(ends, default=0.0)
 
 
 def balance(costs: Sequence[float], end: float, slots: int) -> float:
