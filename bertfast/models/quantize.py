@@ -86,7 +86,7 @@ def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None =
     if ids and (count := len(torch.cat(ids).unique())) < FEW_TOKENS:
         logger.warning(
             "quantize: calibration has %d different token%s, too few to show the range of activations: give a few "
-            "dozen typical texts, or None for random tokens",
+            "dozen typical texts, or leave it out, for random tokens",
             count,
             "s" * (count != 1),
         )

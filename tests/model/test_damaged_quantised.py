@@ -104,7 +104,7 @@ DAMAGED_WEIGHTS = {
 DAMAGED_CONFIGS = {
     "fewer layers": ({"num_hidden_layers": 1}, "its config.json does not describe, bert.encoder.layer.1."),
     "more layers": ({"num_hidden_layers": 3}, "lacks weights that its config.json describes, bert.encoder.layer.2."),
-    "other layers": ({"intermediate_size": 8}, ".weight has shape ["),
+    "other layers": ({"intermediate_size": 8}, " has shape [48"),
     "other vocabulary": ({"vocab_size": 9}, "embeddings.word_embeddings.weight has shape ["),
     "odd heads": ({"num_attention_heads": 3}, "hidden_size must be a multiple of num_attention_heads, got"),
     "int4": (
