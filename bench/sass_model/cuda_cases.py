@@ -175,7 +175,7 @@ def _keys_work(length: int, dropout: bool, bound: int) -> Work:
     fused, across, steps = bound > 0, ceil_div(length, BLOCK), ceil_div(length, STEP)
     blocks, tiles = _persistent(TOKENS // length * HEADS * (1 if fused else across))
     key_blocks = across if fused else 1  # of a work tile
-    trips = {"matmul": steps, "outer matmul": key_blocks, "outer outer matmul": tiles}
+    trips = {"matmul": steps - 1, "outer matmul": key_blocks, "outer outer matmul": tiles}
     loads = TOKENS // length * HEADS * across * (2 + 2 * across) * _TILE
     roles = _consumers(trips, dropout)
     if fused:

@@ -27,7 +27,8 @@ struct KeyMemory {
   static constexpr int D_Q_FLOATS = MAX_SEQLEN * D, OTHER_BYTES = D_Q_FLOATS * 4 + (BLOCK * ROWS * 2 + 2048);
   static constexpr int KEY_BYTES = 2 * Tile<BLOCK, D>::BYTES, QUERY_BYTES = 2 * Tile<ROWS, D>::BYTES;
   static constexpr int KEY_STAGES = OTHER_BYTES + 2 * KEY_BYTES + 2 * QUERY_BYTES <= (int)MAX_SHARED_BYTES ? 2 : 1;
-  static constexpr int STAGES = OTHER_BYTES + KEY_STAGES * KEY_BYTES + 4 * QUERY_BYTES <= (int)MAX_SHARED_BYTES ? 4 : 2;
+  static constexpr int FITTING = ((int)MAX_SHARED_BYTES - OTHER_BYTES - KEY_STAGES * KEY_BYTES) / QUERY_BYTES;
+  static constexpr int STAGES = FITTING < 4 ? FITTING : 4;
   Tile<BLOCK, D> k[KEY_STAGES], v[KEY_STAGES];
   Tile<ROWS, D> q[STAGES], d_o[STAGES];
   Tile<BLOCK, ROWS> d_s;
@@ -142,11 +143,13 @@ class KeyConsumer {
   }
 
  private:
-  // Compute d_k and d_v of a block of keys, and its contribution to d_q.
+  // Compute d_k and d_v of a block of keys, and its contribution to d_q. The tensor cores compute the next step's
+  // scores while this step's gradients are shared, and add to d_v, d_k and d_q during the next step's softmax.
   DEVICE void differentiate(const WorkTile& work, int key) {
     const AttentionMask mask(a_, work.length);
     const KeyPlan plan(mask, key);
-    float d_k[D / 2] = {}, d_v[D / 2] = {};
+    float d_k[D / 2] = {}, d_v[D / 2] = {}, p[ROWS / 2], d_s[ROWS / 2];
+    uint32_t p_pairs[ROWS / 16][4], d_s_pairs[ROWS / 16][4];
     const int key_stage = blocks_ % Memory::KEY_STAGES;
     Tile<BLOCK, D>& k = memory_.k[key_stage];
     wait(&memory_.keys_full[key_stage], blocks_ / Memory::KEY_STAGES % 2);
@@ -155,43 +158,69 @@ class KeyConsumer {
       fence_proxy();
       named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
     }
-    for (int step = plan.first_step; step < plan.end_step; ++step, ++steps_) {
-      const int stage = steps_ % Memory::STAGES, query = step * ROWS;
-      Tile<ROWS, D>&q = memory_.q[stage], &d_o = memory_.d_o[stage];
-      wait(&memory_.full[stage], steps_ / Memory::STAGES % 2);
-      if (query + ROWS > work.length) {
-        zero_rows(q, work.length - query), zero_rows(d_o, work.length - query);
-        fence_proxy();
-        named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
-      }
-      float p[ROWS / 2], d_s[ROWS / 2];
-      compute_scores(k, memory_.v[key_stage], q, d_o, p, d_s);
-      wait(&memory_.ready[stage], steps_ / Memory::STAGES % 2);
-      uint32_t p_pairs[ROWS / 16][4], d_s_pairs[ROWS / 16][4];
-      if constexpr (D == 128) differentiate_softmax(mask, dropout_mask_.drops(), key, query, p, d_s);
-      else if (dropout_mask_.drops()) differentiate_softmax(mask, std::true_type{}, key, query, p, d_s);
-      else differentiate_softmax(mask, std::false_type{}, key, query, p, d_s);
-      pack_operands(mask, key, p, d_s, p_pairs, d_s_pairs);
-      share_score_gradients(d_s_pairs);
-      float d_q[D / 4];
-      if constexpr (Memory::FUSED) fence_wgmma(d_q);
+    const auto start_scores = [&](int step, int index) { start_scores_of(work, step, index, key_stage, p, d_s); };
+    const auto finish_scores = [&](int step, int index) {
+      wait(&memory_.ready[index % Memory::STAGES], index / Memory::STAGES % 2);
+      const int query = step * ROWS;
+      if constexpr (D == 128) differentiate_softmax(mask, dropout_mask_.drops(), key, query, index, p, d_s);
+      else if (dropout_mask_.drops()) differentiate_softmax(mask, std::true_type{}, key, query, index, p, d_s);
+      else differentiate_softmax(mask, std::false_type{}, key, query, index, p, d_s);
+    };
+    float d_q[D / 4];
+    const auto add_gradients = [&](int index) {
+      Tile<ROWS, D>&q = memory_.q[index % Memory::STAGES], &d_o = memory_.d_o[index % Memory::STAGES];
       fence_wgmma(d_k, d_v);
       UNROLL_FOR (int depth = 0; depth < ROWS; depth += 16) {
         wgmma<Major::mn>(T{}, d_v, p_pairs[depth / 16], d_o.template slice<Major::mn>(depth), true);
         wgmma<Major::mn>(T{}, d_k, d_s_pairs[depth / 16], q.template slice<Major::mn>(depth), true);
       }
-      if constexpr (Memory::FUSED)
+      if constexpr (Memory::FUSED) {
+        named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // both consumers have shared d_s
+        fence_wgmma(d_q);
         UNROLL_FOR (int depth = 0; depth < BLOCK; depth += 16)
           wgmma<Major::mn, Major::mn>(T{}, d_q, memory_.d_s.template slice<Major::mn>(depth),
                                       k.template slice<Major::mn>(depth, consumer_ * (D / 2)), depth > 0);
+      }
       commit_wgmma();
+    };
+    const auto finish_gradients = [&](int step, int index) {
       wait_wgmma<0>(d_k, d_v);
-      if (threadIdx.x % 32 == 0) arrive(&memory_.empty[stage]);
+      if (threadIdx.x % 32 == 0) arrive(&memory_.empty[index % Memory::STAGES]);
       if constexpr (Memory::FUSED) {
         keep_in_registers(d_q);
         add_to_queries(work, mask, a_.scale * dropout_mask_.scale(), key, step, d_q);
+        named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // both have read d_s
       }
-      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // d_s has been read
+    };
+    const auto share_gradients = [&] {
+      pack_operands(mask, key, p, d_s, p_pairs, d_s_pairs);
+      if constexpr (Memory::FUSED) share_score_gradients(d_s_pairs);
+    };
+    int step = plan.first_step;
+    if constexpr (D == 128) {  // nothing overlaps: it would spill
+      for (; step < plan.end_step; ++step, ++steps_) {
+        start_scores(step, steps_);
+        wait_wgmma<0>(p, d_s);
+        finish_scores(step, steps_);
+        share_gradients();
+        add_gradients(steps_);
+        finish_gradients(step, steps_);
+      }
+    } else if (step < plan.end_step) {
+      start_scores(step, steps_);
+      wait_wgmma<0>(p, d_s);
+      finish_scores(step, steps_);
+      for (; step + 1 < plan.end_step; ++step, ++steps_) {
+        share_gradients();
+        start_scores(step + 1, steps_ + 1);
+        add_gradients(steps_);
+        wait_wgmma<1>(p, d_s);
+        finish_scores(step + 1, steps_ + 1);
+        finish_gradients(step, steps_);
+      }
+      share_gradients();
+      add_gradients(steps_);
+      finish_gradients(step, steps_), ++steps_;
     }
     if (threadIdx.x % 32 == 0) arrive(&memory_.keys_empty[key_stage]);
     const int row = key + consumer_ * ROWS;
@@ -200,40 +229,48 @@ class KeyConsumer {
     store_rows(d_v, dropout_scale, dropout_scale, work.length - row, gradient(work, 2, row), stride());
   }
 
-  // Compute p = k qᵀ, the scores, and d_s = v d_oᵀ, the gradients of the probabilities.
-  DEVICE void compute_scores(const Tile<BLOCK, D>& k, const Tile<BLOCK, D>& v, const Tile<ROWS, D>& q,
-                             const Tile<ROWS, D>& d_o, float (&p)[ROWS / 2], float (&d_s)[ROWS / 2]) const {
+  // Start the matmuls of a step: p = k qᵀ, the scores, and d_s = v d_oᵀ, the gradients of the probabilities.
+  DEVICE void start_scores_of(const WorkTile& work, int step, int index, int key_stage, float (&p)[ROWS / 2],
+                              float (&d_s)[ROWS / 2]) {
+    // With one stage of keys the compiler would keep their descriptors in 16 registers; after a shuffle it does not.
+    const int stage = index % Memory::STAGES, query = step * ROWS,
+              consumer = Memory::KEY_STAGES > 1 ? consumer_ : uniform(consumer_);
+    Tile<ROWS, D>&q = memory_.q[stage], &d_o = memory_.d_o[stage];
+    wait(&memory_.full[stage], index / Memory::STAGES % 2);
+    if (query + ROWS > work.length) {
+      zero_rows(q, work.length - query), zero_rows(d_o, work.length - query);
+      fence_proxy();
+      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
+    }
     fence_wgmma(p, d_s);
     UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-      wgmma<Major::k, Major::k>(T{}, p, k.template slice<Major::k>(depth, consumer_ * ROWS),
+      wgmma<Major::k, Major::k>(T{}, p, memory_.k[key_stage].template slice<Major::k>(depth, consumer * ROWS),
                                 q.template slice<Major::k>(depth), depth > 0);
-    commit_wgmma();
     UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-      wgmma<Major::k, Major::k>(T{}, d_s, v.template slice<Major::k>(depth, consumer_ * ROWS),
+      wgmma<Major::k, Major::k>(T{}, d_s, memory_.v[key_stage].template slice<Major::k>(depth, consumer * ROWS),
                                 d_o.template slice<Major::k>(depth), depth > 0);
     commit_wgmma();
-    wait_wgmma<0>(p, d_s);
   }
 
-  // Write the 16-bit d_s to shared memory, and wait until both consumers have.
+  // Write the 16-bit d_s to shared memory.
   DEVICE void share_score_gradients(const uint32_t (&d_s_pairs)[ROWS / 16][4]) {
+    uint32_t thread[1] = {threadIdx.x % 128};
+    keep_in_registers(thread);  // so that the compiler does not keep the addresses, which need more of them
+    const int row = consumer_ * ROWS + (int)(thread[0] / 32 * 16 + thread[0] % 16), half = (int)(thread[0] % 32 / 16);
     UNROLL_FOR (int column = 0; column < ROWS; column += 16)
-      store_matrices(memory_.d_s.at(consumer_ * ROWS + warp_row() + (int)threadIdx.x % 16,
-                                    column + (int)threadIdx.x % 32 / 16 * 8),
-                     d_s_pairs[column / 16]);
+      store_matrices(memory_.d_s.at(row, column + half * 8), d_s_pairs[column / 16]);
     fence_proxy();
-    named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
   }
 
   // Recompute probabilities from scores, 0 where dropped, and compute d_s = p (d_p - delta). Conditions are constants,
   // or branches around several elements: one per element would cost as much as the arithmetic. With D = 128 `drops` is
   // a bool and the branches are around fewer elements, or the compiler would spill registers.
   template <class Condition>
-  DEVICE void differentiate_softmax(const AttentionMask& mask, Condition drops, int key, int query,
+  DEVICE void differentiate_softmax(const AttentionMask& mask, Condition drops, int key, int query, int index,
                                     float (&p)[ROWS / 2], float (&d_s)[ROWS / 2]) const {
     constexpr int CHUNK = D == 128 ? 4 : 16;
     const float scale = a_.scale * LOG2_E;
-    const Statistics* const statistics = memory_.statistics[steps_ % Memory::STAGES];
+    const Statistics* const statistics = memory_.statistics[index % Memory::STAGES];
     const bool limited = mask.limits(query, ROWS, key, BLOCK);
     key += consumer_ * ROWS;
     uint32_t kept = KeptElements::ALL;
