@@ -197,7 +197,7 @@ def _keys_work(length: int, dropout: bool, bound: int) -> Work:
 def _queries(length: int, dropout: bool, flop: float) -> CudaCase:
     across = ceil_div(length, BLOCK)
     blocks, tiles = _persistent(TOKENS // length * HEADS * across)
-    trips = {"matmul": ceil_div(length, STEP), "outer matmul": tiles}
+    trips = {"matmul": ceil_div(length, STEP) - 1, "outer matmul": tiles}
     loads = TOKENS // length * HEADS * across * (2 + 2 * across) * _TILE
     work = Work(
         blocks,

@@ -61,61 +61,114 @@ DEVICE void differentiate_softmax(const AttentionMask& mask, const DropoutMask& 
   if (key + ROWS > mask.length) fill_columns(d_s, mask.length - key, 0.f);  // v may hold NaN there
 }
 
-// Longer than other functions: the compiler's output (SASS) changed when it was split.
+// A consumer: computes d_q of ROWS queries of each work tile. The tensor cores compute the next tile's scores, and add
+// to d_q, during the softmax, as in attention_keys.cuh.
 template <class T, int D>
-DEVICE void differentiate_queries(QueryMemory<D>& memory, const TileScheduler& scheduler, const AttentionBackward& a) {
+class QueryGradientConsumer {
+ public:
   using Memory = QueryMemory<D>;
-  const int consumer = consumer_index();
-  const float scale = a.scale * LOG2_E;
-  int done = 0, tiles = 0;  // work tiles and key tiles so far
-  for (int turn = 0; scheduler.has(turn); ++turn) {
-    const WorkTile work = uniform(memory.work.take(turn));
-    if (work.is_empty()) continue;
-    const AttentionMask mask(a, work.length);
-    AttentionDropoutMask<true> dropout_mask(a.dropout);  // once per kernel it would cost registers: 5 % more time
-    dropout_mask.select(work);
-    const float factor = a.scale * dropout_mask.scale();
-    const int query = work.first + consumer * ROWS;
-    Statistics stats[2];
-    UNROLL_FOR (int h = 0; h < 2; ++h) stats[h] = Statistics::of(a, work, query + fragment_row(2 * h));
-    float d_q[D / 2] = {};
-    wait(&memory.q_full, done++ % 2);
-    for (int key = mask.kv_begin(work.first) / ROWS * ROWS; key < mask.kv_end(work.end); key += ROWS, ++tiles) {
-      const int stage = uniform(tiles % Memory::STAGES), q = uniform(consumer);
-      wait(&memory.full[stage], tiles / Memory::STAGES % 2);
-      if (key + ROWS > work.length) {
-        zero_rows(memory.k[stage], work.length - key);
-        fence_proxy();
-        named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
-      }
-      if (query < work.length && key < mask.kv_end(query + ROWS) && key + ROWS > mask.kv_begin(query)) {
-        float p[ROWS / 2], d_s[ROWS / 2];
-        fence_wgmma(p, d_s);
-        UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-          wgmma<Major::k, Major::k>(T{}, p, memory.q[q].template slice<Major::k>(depth),
-                                    memory.k[stage].template slice<Major::k>(depth), depth > 0);
-        UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-          wgmma<Major::k, Major::k>(T{}, d_s, memory.d_o[q].template slice<Major::k>(depth),
-                                    memory.v[stage].template slice<Major::k>(depth), depth > 0);
-        commit_wgmma();
-        wait_wgmma<0>(p, d_s);
-        if (dropout_mask.drops()) differentiate_softmax<true>(mask, dropout_mask, query, key, scale, stats, p, d_s);
-        else differentiate_softmax<false>(mask, dropout_mask, query, key, scale, stats, p, d_s);
-        uint32_t pairs[ROWS / 16][4];
-        UNROLL_FOR (int i = 0; i < ROWS / 4; ++i) pairs[i / 4][i % 4] = pack(T{}, d_s[2 * i], d_s[2 * i + 1]);
-        fence_wgmma(d_q);
-        UNROLL_FOR (int depth = 0; depth < ROWS; depth += 16)
-          wgmma<Major::mn>(T{}, d_q, pairs[depth / 16], memory.k[stage].template slice<Major::mn>(depth), true);
-        commit_wgmma();
-        wait_wgmma<0>(d_q);
-      }
-      if (threadIdx.x % 32 == 0) arrive(&memory.empty[stage]);
+  using DropoutMask = AttentionDropoutMask<true>;
+
+  DEVICE QueryGradientConsumer(Memory& memory, const TileScheduler& scheduler, const AttentionBackward& a)
+      : memory_(memory), scheduler_(scheduler), a_(a), consumer_(consumer_index()) {}
+
+  DEVICE void run() {
+    for (int turn = 0; scheduler_.has(turn); ++turn) {
+      const WorkTile work = uniform(memory_.work.take(turn));
+      if (work.is_empty()) continue;
+      DropoutMask dropout_mask(a_.dropout);  // once per kernel it would cost registers: 5 % more time
+      dropout_mask.select(work);
+      differentiate(work, AttentionMask(a_, work.length), dropout_mask);
     }
-    if (threadIdx.x % 32 == 0) arrive(&memory.q_empty);
-    store_rows(d_q, factor, factor, work.length - query,
-               (T*)a.d_qkv + ((work.start + query) * 3 * a.heads + work.head) * D, (int64_t)3 * a.heads * D);
   }
-}
+
+ private:
+  DEVICE void differentiate(const WorkTile& work, const AttentionMask& mask, const DropoutMask& dropout_mask) {
+    const int query = work.first + consumer_ * ROWS, last_key = mask.kv_end(work.end);
+    int key = mask.kv_begin(work.first) / ROWS * ROWS;
+    const int first = query < work.end ? mask.kv_begin(query) / ROWS * ROWS : last_key;  // of this consumer's keys
+    const int end = query + ROWS < work.end ? mask.kv_end(query + ROWS) : last_key;
+    const float factor = a_.scale * dropout_mask.scale();
+    Statistics stats[2];
+    UNROLL_FOR (int h = 0; h < 2; ++h) stats[h] = Statistics::of(a_, work, query + fragment_row(2 * h));
+    float d_q[D / 2] = {}, p[ROWS / 2], d_s[ROWS / 2];
+    uint32_t pairs[ROWS / 16][4];
+    wait(&memory_.q_full, done_++ % 2);
+    const auto start_scores = [&](int stage) {
+      const int q = uniform(consumer_);
+      fence_wgmma(p, d_s);
+      UNROLL_FOR (int depth = 0; depth < D; depth += 16)
+        wgmma<Major::k, Major::k>(T{}, p, memory_.q[q].template slice<Major::k>(depth),
+                                  memory_.k[stage].template slice<Major::k>(depth), depth > 0);
+      UNROLL_FOR (int depth = 0; depth < D; depth += 16)
+        wgmma<Major::k, Major::k>(T{}, d_s, memory_.d_o[q].template slice<Major::k>(depth),
+                                  memory_.v[stage].template slice<Major::k>(depth), depth > 0);
+      commit_wgmma();
+    };
+    const auto finish_scores = [&](int first_key) {
+      const float scale = a_.scale * LOG2_E;
+      if (dropout_mask.drops()) differentiate_softmax<true>(mask, dropout_mask, query, first_key, scale, stats, p, d_s);
+      else differentiate_softmax<false>(mask, dropout_mask, query, first_key, scale, stats, p, d_s);
+    };
+    const auto add_gradients = [&](int stage) {
+      fence_wgmma(d_q);
+      UNROLL_FOR (int depth = 0; depth < ROWS; depth += 16)
+        wgmma<Major::mn>(T{}, d_q, pairs[depth / 16], memory_.k[stage].template slice<Major::mn>(depth), true);
+      commit_wgmma();
+    };
+    const auto pack_gradients = [&] {
+      UNROLL_FOR (int i = 0; i < ROWS / 4; ++i) pairs[i / 4][i % 4] = pack(T{}, d_s[2 * i], d_s[2 * i + 1]);
+    };
+    for (; key < first; key += ROWS) release(wait_for_tile(mask, key));
+    if (key < end) {
+      int stage = wait_for_tile(mask, key);
+      start_scores(stage);
+      wait_wgmma<0>(p, d_s);
+      finish_scores(key);
+      for (; key + ROWS < end; key += ROWS) {
+        pack_gradients();
+        const int next = wait_for_tile(mask, key + ROWS);
+        start_scores(next);
+        add_gradients(stage);
+        wait_wgmma<1>(p, d_s);
+        finish_scores(key + ROWS);
+        wait_wgmma<0>(d_q);
+        release(stage), stage = next;
+      }
+      pack_gradients();
+      add_gradients(stage);
+      wait_wgmma<0>(d_q);
+      release(stage), key += ROWS;
+    }
+    for (; key < last_key; key += ROWS) release(wait_for_tile(mask, key));
+    if (threadIdx.x % 32 == 0) arrive(&memory_.q_empty);
+    store_rows(d_q, factor, factor, work.length - query,
+               (T*)a_.d_qkv + ((work.start + query) * 3 * a_.heads + work.head) * D, (int64_t)3 * a_.heads * D);
+  }
+
+  // Wait until the next tile of keys, from `key` on, is in shared memory, and return its stage.
+  DEVICE int wait_for_tile(const AttentionMask& mask, int key) {
+    const int stage = uniform(tiles_ % Memory::STAGES);
+    wait(&memory_.full[stage], tiles_++ / Memory::STAGES % 2);
+    if (key + ROWS > mask.length) {
+      zero_rows(memory_.k[stage], mask.length - key);
+      fence_proxy();
+      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
+    }
+    return stage;
+  }
+
+  // Let the producer overwrite a stage.
+  DEVICE void release(int stage) {
+    if (threadIdx.x % 32 == 0) arrive(&memory_.empty[stage]);
+  }
+
+  Memory& memory_;
+  const TileScheduler& scheduler_;
+  const AttentionBackward& a_;
+  const int consumer_;
+  int done_ = 0, tiles_ = 0;  // work tiles and key tiles so far
+};
 
 template <class T, int D>
 __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
@@ -132,7 +185,7 @@ __global__ void __launch_bounds__(ATTENTION_THREADS, 1)
     fence_init();
   }
   specialize_warps([&] { load_work<D>(memory, scheduler, a, &qkv, &d_o); },
-                   [&] { differentiate_queries<T, D>(memory, scheduler, a); }, [] {});
+                   [&] { QueryGradientConsumer<T, D>(memory, scheduler, a).run(); }, [] {});
 }
 
 }  // namespace bertfast::cuda
