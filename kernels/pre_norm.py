@@ -178,7 +178,8 @@ def pre_norm_backward(
     d_x, d_residual, d_parameters = out
     tokens, hidden = stream.shape
     read = (tensor for tensor in (stream, d_stream, d_normed) if tensor is not None)
-    constants = row_config(hidden, *read, summing=True)
+    spills = rms and seed is not None  # if a lane has 12 columns
+    constants = row_config(hidden, *read, summing=True, warps_share_rows=spills)
     programs = summing_programs(ceil_div(tokens, constants["ROWS"]), stream.device, constants["num_warps"])
     sums = stream.new_empty((programs, 3, hidden), dtype=torch.float32)
     pre_norm_backward_kernel[(programs,)](

@@ -20,6 +20,9 @@ from bertfast.kernels.device import sm_count
 
 _CHUNKS = (2048, 1024, 512, 256, 128)
 _ONE_WARP = 1024  # maximum columns of a row that one warp holds
+# Columns of rows that a kernel that sums over rows holds as three chunks: 4 columns of each belong to a lane, so that
+# it belongs to one, two, four or eight warps. (With another chunk of 4 columns, registers would be spilled.)
+_THREE_CHUNKS = (384, 768, 1536, 3072)
 _WARPS_PER_SM = 16  # of a kernel that sums over rows
 # Pipeline stages of such a kernel's loop: the rows of the next two tiles are being copied to shared memory, or of the
 # next one if rows are so wide that three stages exceed the shared memory of sm_120 (99 KiB).
@@ -27,19 +30,33 @@ STAGES, STAGES_IF_WIDE = tl.constexpr(3), tl.constexpr(2)
 WIDE = tl.constexpr(2048)  # columns
 
 
-def row_config(columns: int, *tensors: Tensor, summing: bool = False) -> Mapping[str, int]:
+def row_config(
+    columns: int, *tensors: Tensor, summing: bool = False, warps_share_rows: bool = False
+) -> Mapping[str, int]:
     """Return H, CHUNK, ROWS and the launch options of a kernel for rows of `columns` of these tensors.
 
-    A kernel that is `summing` over rows keeps a sum of every column, so all its warps share a row, and lanes idle if
-    the width is not a power of two. maxnreg is set where registers are scarce: by default the compiler spills one or
-    two registers to fit more programs on an SM.
+    A kernel that is `summing` over rows keeps a sum of every column, so several warps share a row: one of three chunks,
+    12 columns of a lane, if the width is three times a power of two, else one of a chunk whose lanes idle beyond the
+    row's end. maxnreg is set where registers are scarce: by default the compiler spills one or two registers to fit
+    more programs on an SM.
+
+    Args:
+        columns: Columns of a row.
+        tensors: What is read.
+        summing: Whether the kernel sums over rows.
+        warps_share_rows: Whether all warps share a row at every width, which takes fewer registers, and lets a kernel
+            add the rows of a tile without a barrier.
     """
-    return _row_config(columns, max(tensor.element_size() for tensor in tensors), summing)
+    return _row_config(columns, max(tensor.element_size() for tensor in tensors), summing, warps_share_rows)
 
 
 @cache
-def _row_config(columns: int, element_size: int, summing: bool) -> Mapping[str, int]:
+def _row_config(columns: int, element_size: int, summing: bool, warps_share_rows: bool) -> Mapping[str, int]:
     warps = 4 if columns <= 2048 else 8
+    if summing and not warps_share_rows and columns in _THREE_CHUNKS:
+        chunk = columns // 3
+        rows = warps * 32 * 4 // chunk
+        return MappingProxyType({"H": columns, "CHUNK": chunk, "ROWS": rows, "num_warps": warps, "maxnreg": 128})
     warp = 32 * 16 // element_size
     padded = triton.next_power_of_2(columns)
     bounded = summing or columns > 2048

@@ -146,7 +146,7 @@ def sum_groups(
         One [rows, H] for each table.
     """
     tokens, hidden = values.shape
-    constants = row_config(hidden, values, summing=True)
+    constants = row_config(hidden, values, summing=True, warps_share_rows=True)
     constants = {**constants, "ROWS": max(_ROWS, constants["ROWS"]), "BLOCK": _BLOCK}
     blocks = len(groups.keys) // _BLOCK
     block_sums = values.new_empty((blocks, hidden), dtype=torch.float32)

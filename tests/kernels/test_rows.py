@@ -1,4 +1,4 @@
-"""Launches of the row kernels: programs that sum over rows."""
+"""Launches of the row kernels: the tiles and the programs of kernels that sum over rows."""
 
 import pytest
 import torch
@@ -13,3 +13,20 @@ def test_programs_of_any_number_of_warps_fill_an_sm(monkeypatch, warps, per_sm):
     assert rows.summing_programs(1_000_000, device, warps) == per_sm * 132
     assert rows.summing_programs(5, device, warps) == 5  # no program without a tile
     assert rows.summing_programs(0, device, warps) == 1  # which writes sums of zero
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "rows_of_tile"), [(384, 4), (768, 2), (1536, 1), (3072, 1)])
+def test_no_lane_idles_at_three_times_a_power_of_two(columns, rows_of_tile, dtype):
+    config = rows.row_config(columns, torch.empty(0, dtype=dtype), summing=True)
+    assert 3 * config["CHUNK"] == columns
+    assert config["ROWS"] == rows_of_tile
+    assert config["ROWS"] * config["CHUNK"] == 4 * 32 * config["num_warps"]  # 4 columns of a chunk belong to a lane
+
+
+@pytest.mark.parametrize("columns", [384, 768])
+def test_all_warps_share_a_row_where_rows_of_a_tile_are_added(columns):
+    config = rows.row_config(columns, torch.empty(0), summing=True, warps_share_rows=True)
+    assert config["CHUNK"] >= 32 * config["num_warps"]
+    assert config["CHUNK"] & (config["CHUNK"] - 1) == 0
+    assert config["ROWS"] == 1
