@@ -130,12 +130,22 @@ def _config(folder: Path, config_class: Any, config: Any = None, **kwargs: Any) 
     source = folder if config is None else config
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        config, kwargs = config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
         where = str(config_path(path) if path.is_dir() else path)
+        try:
+            config, kwargs = config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        except OSError:  # it says that there is none
+            raise
+        except Exception as error:  # transformers' validation raises exceptions of many classes
+            raise ValueError(f"{where}: this is no configuration of a model: {' '.join(str(error).split())}") from error
     elif isinstance(source, PretrainedConfig):
         config, where = copy.deepcopy(source), "config"
     else:
         raise TypeError(f"config must be a configuration or the path of one, got a {type(source).__name__}")
+    if not is_quantised(config, where) and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{where}: its quantization_config is not that of bertfast, as the weights are: take the config.json that "
+            "belongs to the weights"
+        )
     family = family_by_type(config.model_type)
     if family is not None:
         check_config(config, family, where)

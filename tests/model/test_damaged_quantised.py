@@ -201,6 +201,23 @@ def test_other_families_are_refused(kind, model_type, folder):
         kind.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": 3}, "hidden_act"),
+        ({"model_type": 3}, "config.json: this is no configuration of a model: "),
+        ({"torch_dtype": "x", "dtype": "x"}, "config.json: this is no configuration of a model: "),
+        ({"quantization_config": {"quant_method": "gptq"}}, "its quantization_config is not that of bertfast, as the"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [bertfast.AutoModel, bertfast.AutoModelForSequenceClassification])
+def test_entries_that_transformers_refuses_are_named_with_their_file(kind, changes, message, folder):
+    change_config(folder, **changes)
+    with refuses(folder, message):
+        kind.from_pretrained(folder)
+
+
 def test_a_variant_that_is_not_there_is_refused(folder):
     model = bertfast.BertForSequenceClassification.from_pretrained(folder)
     with pytest.raises(FileNotFoundError, match=r"damaged has no model.x.safetensors: leave variant='x' out, or"):
