@@ -36,13 +36,18 @@ class StepDelta {
   static constexpr int LANES = D / 8, PASS_ROWS = 32 / LANES * ASSISTING_WARPS,
                        BATCH = 4;  // passes whose loads are in flight
 
-  DEVICE StepDelta(const AttentionBackward& a, const WorkTile& work, int query)
-      : o_((const T*)a.o + ((work.start + query + first_row()) * a.heads + work.head) * D + lane() * 8),
-        stride_(a.heads * D),
-        rows_left_(work.length - 1 - query - first_row()) {}
+  DEVICE StepDelta(const AttentionBackward& a, const WorkTile& work, int query) {
+    keep_in_registers(thread_);  // so that the compiler does not keep what follows from it for all steps
+    o_ = (const T*)a.o + ((work.start + query + first_row()) * a.heads + work.head) * D + lane() * 8;
+    stride_ = a.heads * D;
+    rows_left_ = work.length - 1 - query - first_row();
+  }
 
   // The row that the calling thread owns.
-  DEVICE static int own_row() { return lane() * PASS_ROWS + first_row(); }
+  DEVICE static int own_row() {
+    const int thread = (int)threadIdx.x - 32;
+    return thread % LANES * PASS_ROWS + thread / LANES;
+  }
 
   // Load the rows of o of the first passes.
   DEVICE void start() { load(0); }
@@ -75,7 +80,7 @@ class StepDelta {
   }
 
   // Return the sum of sums[lane() % BATCH] over a row's lanes: lanes first exchange those that the other one returns.
-  DEVICE static float transposed_sum(float (&sums)[BATCH]) {
+  DEVICE float transposed_sum(float (&sums)[BATCH]) const {
     UNROLL_FOR (int half = BATCH / 2; half > 0; half /= 2) {
       const bool upper = lane() & half;
       UNROLL_FOR (int i = 0; i < half; ++i) {
@@ -88,12 +93,13 @@ class StepDelta {
   }
 
   DEVICE static float element(const Words4& x, int i) { return widen(T{(uint16_t)(x.word[i / 2] >> i % 2 * 16)}); }
-  DEVICE static int lane() { return (int)(threadIdx.x % LANES); }
-  DEVICE static int first_row() { return (int)((threadIdx.x - 32) / LANES); }
+  DEVICE int lane() const { return (int)(thread_[0] % LANES); }
+  DEVICE int first_row() const { return (int)(thread_[0] / LANES); }
 
-  const T* const o_;
-  const int stride_;
-  const int rows_left_;  // from the first one to the sequence's last one
+  uint32_t thread_[1] = {threadIdx.x - 32};
+  const T* o_;
+  int stride_;
+  int rows_left_;  // from the first one to the sequence's last one
   Words4 loaded_[BATCH];
 };
 

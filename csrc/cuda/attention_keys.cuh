@@ -143,113 +143,125 @@ class KeyConsumer {
   }
 
  private:
+  // A block of keys, and the registers of its current step and of the one before.
+  struct KeyBlock {
+    const WorkTile& work;
+    AttentionMask mask;
+    int key, stage;
+    float d_k[D / 2] = {}, d_v[D / 2] = {}, d_q[D / 4], p[ROWS / 2], d_s[ROWS / 2];
+    uint32_t p_pairs[ROWS / 16][4], d_s_pairs[ROWS / 16][4];
+
+    DEVICE KeyBlock(const AttentionInputs& a, const WorkTile& work, int key, int stage)
+        : work(work), mask(a, work.length), key(key), stage(stage) {}
+  };
+
   // Compute d_k and d_v of a block of keys, and its contribution to d_q. The tensor cores compute the next step's
   // scores while this step's gradients are shared, and add to d_v, d_k and d_q during the next step's softmax.
   DEVICE void differentiate(const WorkTile& work, int key) {
-    const AttentionMask mask(a_, work.length);
-    const KeyPlan plan(mask, key);
-    float d_k[D / 2] = {}, d_v[D / 2] = {}, p[ROWS / 2], d_s[ROWS / 2];
-    uint32_t p_pairs[ROWS / 16][4], d_s_pairs[ROWS / 16][4];
-    const int key_stage = blocks_ % Memory::KEY_STAGES;
-    Tile<BLOCK, D>& k = memory_.k[key_stage];
-    wait(&memory_.keys_full[key_stage], blocks_ / Memory::KEY_STAGES % 2);
+    KeyBlock block(a_, work, key, blocks_ % Memory::KEY_STAGES);
+    const KeyPlan plan(block.mask, key);
+    wait(&memory_.keys_full[block.stage], blocks_ / Memory::KEY_STAGES % 2);
     if (key + BLOCK > work.length) {
-      zero_rows(k, work.length - key);
+      zero_rows(memory_.k[block.stage], work.length - key);
       fence_proxy();
       named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
     }
-    const auto start_scores = [&](int step, int index) { start_scores_of(work, step, index, key_stage, p, d_s); };
-    const auto finish_scores = [&](int step, int index) {
-      wait(&memory_.ready[index % Memory::STAGES], index / Memory::STAGES % 2);
-      const int query = step * ROWS;
-      if constexpr (D == 128) differentiate_softmax(mask, dropout_mask_.drops(), key, query, index, p, d_s);
-      else if (dropout_mask_.drops()) differentiate_softmax(mask, std::true_type{}, key, query, index, p, d_s);
-      else differentiate_softmax(mask, std::false_type{}, key, query, index, p, d_s);
-    };
-    float d_q[D / 4];
-    const auto add_gradients = [&](int index) {
-      Tile<ROWS, D>&q = memory_.q[index % Memory::STAGES], &d_o = memory_.d_o[index % Memory::STAGES];
-      fence_wgmma(d_k, d_v);
-      UNROLL_FOR (int depth = 0; depth < ROWS; depth += 16) {
-        wgmma<Major::mn>(T{}, d_v, p_pairs[depth / 16], d_o.template slice<Major::mn>(depth), true);
-        wgmma<Major::mn>(T{}, d_k, d_s_pairs[depth / 16], q.template slice<Major::mn>(depth), true);
-      }
-      if constexpr (Memory::FUSED) {
-        named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // both consumers have shared d_s
-        fence_wgmma(d_q);
-        UNROLL_FOR (int depth = 0; depth < BLOCK; depth += 16)
-          wgmma<Major::mn, Major::mn>(T{}, d_q, memory_.d_s.template slice<Major::mn>(depth),
-                                      k.template slice<Major::mn>(depth, consumer_ * (D / 2)), depth > 0);
-      }
-      commit_wgmma();
-    };
-    const auto finish_gradients = [&](int step, int index) {
-      wait_wgmma<0>(d_k, d_v);
-      if (threadIdx.x % 32 == 0) arrive(&memory_.empty[index % Memory::STAGES]);
-      if constexpr (Memory::FUSED) {
-        keep_in_registers(d_q);
-        add_to_queries(work, mask, a_.scale * dropout_mask_.scale(), key, step, d_q);
-        named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // both have read d_s
-      }
-    };
-    const auto share_gradients = [&] {
-      pack_operands(mask, key, p, d_s, p_pairs, d_s_pairs);
-      if constexpr (Memory::FUSED) share_score_gradients(d_s_pairs);
-    };
     int step = plan.first_step;
     if constexpr (D == 128) {  // nothing overlaps: it would spill
       for (; step < plan.end_step; ++step, ++steps_) {
-        start_scores(step, steps_);
-        wait_wgmma<0>(p, d_s);
-        finish_scores(step, steps_);
-        share_gradients();
-        add_gradients(steps_);
-        finish_gradients(step, steps_);
+        start_scores(block, step, steps_);
+        wait_wgmma<0>(block.p, block.d_s);
+        finish_scores(block, step, steps_);
+        share_gradients(block);
+        add_gradients(block, steps_);
+        finish_gradients(block, step, steps_);
       }
     } else if (step < plan.end_step) {
-      start_scores(step, steps_);
-      wait_wgmma<0>(p, d_s);
-      finish_scores(step, steps_);
+      start_scores(block, step, steps_);
+      wait_wgmma<0>(block.p, block.d_s);
+      finish_scores(block, step, steps_);
       for (; step + 1 < plan.end_step; ++step, ++steps_) {
-        share_gradients();
-        start_scores(step + 1, steps_ + 1);
-        add_gradients(steps_);
-        wait_wgmma<1>(p, d_s);
-        finish_scores(step + 1, steps_ + 1);
-        finish_gradients(step, steps_);
+        share_gradients(block);
+        start_scores(block, step + 1, steps_ + 1);
+        add_gradients(block, steps_);
+        wait_wgmma<1>(block.p, block.d_s);
+        finish_scores(block, step + 1, steps_ + 1);
+        finish_gradients(block, step, steps_);
       }
-      share_gradients();
-      add_gradients(steps_);
-      finish_gradients(step, steps_), ++steps_;
+      share_gradients(block);
+      add_gradients(block, steps_);
+      finish_gradients(block, step, steps_), ++steps_;
     }
-    if (threadIdx.x % 32 == 0) arrive(&memory_.keys_empty[key_stage]);
+    if (threadIdx.x % 32 == 0) arrive(&memory_.keys_empty[block.stage]);
     const int row = key + consumer_ * ROWS;
     const float dropout_scale = dropout_mask_.scale(), factor = a_.scale * dropout_scale;
-    store_rows(d_k, factor, factor, work.length - row, gradient(work, 1, row), stride());
-    store_rows(d_v, dropout_scale, dropout_scale, work.length - row, gradient(work, 2, row), stride());
+    store_rows(block.d_k, factor, factor, work.length - row, gradient(work, 1, row), stride());
+    store_rows(block.d_v, dropout_scale, dropout_scale, work.length - row, gradient(work, 2, row), stride());
   }
 
-  // Start the matmuls of a step: p = k qᵀ, the scores, and d_s = v d_oᵀ, the gradients of the probabilities.
-  DEVICE void start_scores_of(const WorkTile& work, int step, int index, int key_stage, float (&p)[ROWS / 2],
-                              float (&d_s)[ROWS / 2]) {
+  // Start the matmuls of a step: p = k qᵀ, the scores, and d_s = v d_oᵀ, the gradients of the probabilities. `index` is
+  // the number of steps before it, also of other blocks.
+  DEVICE void start_scores(KeyBlock& block, int step, int index) {
     // With one stage of keys the compiler would keep their descriptors in 16 registers; after a shuffle it does not.
-    const int stage = index % Memory::STAGES, query = step * ROWS,
-              consumer = Memory::KEY_STAGES > 1 ? consumer_ : uniform(consumer_);
+    const int consumer = Memory::KEY_STAGES > 1 ? consumer_ : uniform(consumer_);
+    const int stage = index % Memory::STAGES, rows = block.work.length - step * ROWS;
     Tile<ROWS, D>&q = memory_.q[stage], &d_o = memory_.d_o[stage];
     wait(&memory_.full[stage], index / Memory::STAGES % 2);
-    if (query + ROWS > work.length) {
-      zero_rows(q, work.length - query), zero_rows(d_o, work.length - query);
+    if (rows < ROWS) {
+      zero_rows(q, rows), zero_rows(d_o, rows);
       fence_proxy();
       named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
     }
-    fence_wgmma(p, d_s);
+    fence_wgmma(block.p, block.d_s);
     UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-      wgmma<Major::k, Major::k>(T{}, p, memory_.k[key_stage].template slice<Major::k>(depth, consumer * ROWS),
+      wgmma<Major::k, Major::k>(T{}, block.p, memory_.k[block.stage].template slice<Major::k>(depth, consumer * ROWS),
                                 q.template slice<Major::k>(depth), depth > 0);
     UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-      wgmma<Major::k, Major::k>(T{}, d_s, memory_.v[key_stage].template slice<Major::k>(depth, consumer * ROWS),
+      wgmma<Major::k, Major::k>(T{}, block.d_s, memory_.v[block.stage].template slice<Major::k>(depth, consumer * ROWS),
                                 d_o.template slice<Major::k>(depth), depth > 0);
     commit_wgmma();
+  }
+
+  DEVICE void finish_scores(KeyBlock& b, int step, int index) {
+    wait(&memory_.ready[index % Memory::STAGES], index / Memory::STAGES % 2);
+    const int query = step * ROWS;
+    if constexpr (D == 128) differentiate_softmax(b.mask, dropout_mask_.drops(), b.key, query, index, b.p, b.d_s);
+    else if (dropout_mask_.drops()) differentiate_softmax(b.mask, std::true_type{}, b.key, query, index, b.p, b.d_s);
+    else differentiate_softmax(b.mask, std::false_type{}, b.key, query, index, b.p, b.d_s);
+  }
+
+  DEVICE void share_gradients(KeyBlock& block) {
+    pack_operands(block.mask, block.key, block.p, block.d_s, block.p_pairs, block.d_s_pairs);
+    if constexpr (Memory::FUSED) share_score_gradients(block.d_s_pairs);
+  }
+
+  // Start the matmuls that add to d_v and d_k, and that for d_q.
+  DEVICE void add_gradients(KeyBlock& block, int index) {
+    Tile<ROWS, D>&q = memory_.q[index % Memory::STAGES], &d_o = memory_.d_o[index % Memory::STAGES];
+    fence_wgmma(block.d_k, block.d_v);
+    UNROLL_FOR (int depth = 0; depth < ROWS; depth += 16) {
+      wgmma<Major::mn>(T{}, block.d_v, block.p_pairs[depth / 16], d_o.template slice<Major::mn>(depth), true);
+      wgmma<Major::mn>(T{}, block.d_k, block.d_s_pairs[depth / 16], q.template slice<Major::mn>(depth), true);
+    }
+    if constexpr (Memory::FUSED) {
+      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // both consumers have shared d_s
+      fence_wgmma(block.d_q);
+      UNROLL_FOR (int depth = 0; depth < BLOCK; depth += 16)
+        wgmma<Major::mn, Major::mn>(T{}, block.d_q, memory_.d_s.template slice<Major::mn>(depth),
+                                    memory_.k[block.stage].template slice<Major::mn>(depth, consumer_ * (D / 2)),
+                                    depth > 0);
+    }
+    commit_wgmma();
+  }
+
+  DEVICE void finish_gradients(KeyBlock& block, int step, int index) {
+    wait_wgmma<0>(block.d_k, block.d_v);
+    if (threadIdx.x % 32 == 0) arrive(&memory_.empty[index % Memory::STAGES]);
+    if constexpr (Memory::FUSED) {
+      keep_in_registers(block.d_q);
+      add_to_queries(block.work, block.mask, a_.scale * dropout_mask_.scale(), block.key, step, block.d_q);
+      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // both have read d_s
+    }
   }
 
   // Write the 16-bit d_s to shared memory.

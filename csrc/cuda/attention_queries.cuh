@@ -94,17 +94,6 @@ class QueryGradientConsumer {
     float d_q[D / 2] = {}, p[ROWS / 2], d_s[ROWS / 2];
     uint32_t pairs[ROWS / 16][4];
     wait(&memory_.q_full, done_++ % 2);
-    const auto start_scores = [&](int stage) {
-      const int q = uniform(consumer_);
-      fence_wgmma(p, d_s);
-      UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-        wgmma<Major::k, Major::k>(T{}, p, memory_.q[q].template slice<Major::k>(depth),
-                                  memory_.k[stage].template slice<Major::k>(depth), depth > 0);
-      UNROLL_FOR (int depth = 0; depth < D; depth += 16)
-        wgmma<Major::k, Major::k>(T{}, d_s, memory_.d_o[q].template slice<Major::k>(depth),
-                                  memory_.v[stage].template slice<Major::k>(depth), depth > 0);
-      commit_wgmma();
-    };
     const auto finish_scores = [&](int first_key) {
       const float scale = a_.scale * LOG2_E;
       if (dropout_mask.drops()) differentiate_softmax<true>(mask, dropout_mask, query, first_key, scale, stats, p, d_s);
@@ -122,13 +111,13 @@ class QueryGradientConsumer {
     for (; key < first; key += ROWS) release(wait_for_tile(mask, key));
     if (key < end) {
       int stage = wait_for_tile(mask, key);
-      start_scores(stage);
+      start_scores(stage, p, d_s);
       wait_wgmma<0>(p, d_s);
       finish_scores(key);
       for (; key + ROWS < end; key += ROWS) {
         pack_gradients();
         const int next = wait_for_tile(mask, key + ROWS);
-        start_scores(next);
+        start_scores(next, p, d_s);
         add_gradients(stage);
         wait_wgmma<1>(p, d_s);
         finish_scores(key + ROWS);
@@ -144,6 +133,19 @@ class QueryGradientConsumer {
     if (threadIdx.x % 32 == 0) arrive(&memory_.q_empty);
     store_rows(d_q, factor, factor, work.length - query,
                (T*)a_.d_qkv + ((work.start + query) * 3 * a_.heads + work.head) * D, (int64_t)3 * a_.heads * D);
+  }
+
+  // Start the matmuls of a tile of keys: p, the scores, and d_s, the gradients of the probabilities.
+  DEVICE void start_scores(int stage, float (&p)[ROWS / 2], float (&d_s)[ROWS / 2]) {
+    const int q = uniform(consumer_);
+    fence_wgmma(p, d_s);
+    UNROLL_FOR (int depth = 0; depth < D; depth += 16)
+      wgmma<Major::k, Major::k>(T{}, p, memory_.q[q].template slice<Major::k>(depth),
+                                memory_.k[stage].template slice<Major::k>(depth), depth > 0);
+    UNROLL_FOR (int depth = 0; depth < D; depth += 16)
+      wgmma<Major::k, Major::k>(T{}, d_s, memory_.d_o[q].template slice<Major::k>(depth),
+                                memory_.v[stage].template slice<Major::k>(depth), depth > 0);
+    commit_wgmma();
   }
 
   // Wait until the next tile of keys, from `key` on, is in shared memory, and return its stage.
