@@ -22,6 +22,7 @@ namespace bertfast {
 int threads() { return 1; }
 void run_parts(int64_t count, int64_t, Part part, void* context) { part(0, count, context); }
 bool has_quad_instruction() { return false; }
+bool has_tiles() { return false; }
 
 }  // namespace bertfast
 

@@ -28,6 +28,8 @@ static bool has_instruction_set(int64_t set) { return is_supported((InstructionS
 
 static bool quad_instruction_in_use() { return has_quad_instruction(); }
 
+static bool tiles_in_use() { return has_tiles(); }
+
 static void use_instruction_set(int64_t set) {
   STD_TORCH_CHECK(has_instruction_set(set), "this CPU does not support that instruction set");
   use((InstructionSet)set);
@@ -44,6 +46,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bertfast, library) {
   library.def("use_instruction_set(int set) -> ()");
   library.def("has_quad_instruction() -> bool");
   library.def("use_quad_instruction(bool allowed) -> ()");
+  library.def("has_tiles() -> bool");
+  library.def("use_tiles(bool? use) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
@@ -52,6 +56,8 @@ STABLE_TORCH_LIBRARY_IMPL(bertfast, CompositeExplicitAutograd, library) {
   library.impl("use_instruction_set", TORCH_BOX(&bertfast::operations::use_instruction_set));
   library.impl("has_quad_instruction", TORCH_BOX(&bertfast::operations::quad_instruction_in_use));
   library.impl("use_quad_instruction", TORCH_BOX(&bertfast::use_quad_instruction));
+  library.impl("has_tiles", TORCH_BOX(&bertfast::operations::tiles_in_use));
+  library.impl("use_tiles", TORCH_BOX(&bertfast::use_tiles));
 }
 
 // Operations that are written once for both kinds of device.

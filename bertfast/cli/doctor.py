@@ -249,7 +249,14 @@ def _library() -> str:
     if native.UNAVAILABLE_REASON is not None:
         return f"none: {native.UNAVAILABLE_REASON}"
     sets = ", ".join(native.instruction_sets())
-    return f"{native.path()}; instruction sets {sets}; {native.instruction_set()} in use"
+    return f"{native.path()}; instruction sets {sets}; {native.instruction_set()} in use, {_int8_instructions()}"
+
+
+def _int8_instructions() -> str:
+    """Name the instructions that multiply int8; AMX is used with many tokens only."""
+    library = torch.ops.bertfast
+    names = ["AMX"] * library.has_tiles() + ["VNNI"] * library.has_quad_instruction()
+    return f"int8 with {' and '.join(names)}" if names else "no dot products of int8"
 
 
 def _gpu(device: torch.device) -> str:

@@ -187,5 +187,5 @@ def cpu_has_bf16_gemm() -> bool:
 
 
 def cpu_has_amx() -> bool:
-    """Return whether this CPU has AMX, tiles for GEMMs in bf16 and int8."""
-    return torch.cpu._is_amx_tile_supported()
+    """Return whether this CPU has AMX, tiles for GEMMs in bf16 and int8, and this process may use it."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()

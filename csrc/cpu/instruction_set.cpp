@@ -1,6 +1,11 @@
 #include "instruction_set.h"
 
 #include <atomic>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace bertfast {
 
@@ -57,5 +62,43 @@ bool has_quad_instruction() {
 }
 
 void use_quad_instruction(bool allowed) { allows_quads.store(allowed, std::memory_order_relaxed); }
+
+#if defined(__x86_64__) && defined(__linux__) && !defined(BERTFAST_EMULATED)
+// Whether the CPU has tile registers and dot products of int8 in them, and Linux (5.16 or later) has enabled them.
+static bool cpu_has_tiles() {
+  constexpr unsigned IN_USE_BY_XSAVE = 1 << 27, INT8_TILES = 1 << 24 | 1 << 25;  // bits of CPUID
+  constexpr unsigned TILE_STATE = 1 << 17 | 1 << 18;                             // bits of XCR0
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & IN_USE_BY_XSAVE)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & INT8_TILES) != INT8_TILES) return false;
+  asm("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  return (a & TILE_STATE) == TILE_STATE;
+}
+
+// Ask Linux to let all threads of this process use the tile registers, which it refuses, for one, if a thread's stack
+// for signals is too small to save them.
+static bool are_tiles_permitted() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+#endif
+
+enum class TileUse : char { by_default, never, always };
+static std::atomic<TileUse> tile_use{TileUse::by_default};
+
+bool has_tiles() {
+  const TileUse use = tile_use.load(std::memory_order_relaxed);
+  if (use != TileUse::by_default) return use == TileUse::always;
+#if defined(__x86_64__) && defined(__linux__) && !defined(BERTFAST_EMULATED)
+  static const bool usable = cpu_has_tiles() && are_tiles_permitted();
+  return usable && instruction_set() >= InstructionSet::avx512;
+#else
+  return false;
+#endif
+}
+
+void use_tiles(std::optional<bool> use) {
+  tile_use.store(!use ? TileUse::by_default : *use ? TileUse::always : TileUse::never, std::memory_order_relaxed);
+}
 
 }  // namespace bertfast

@@ -1,6 +1,7 @@
 // CPU dispatch: every kernel is compiled once for each instruction set, and the best one that the CPU supports is
 // chosen when the library is loaded.
 #pragma once
+#include <optional>
 
 namespace bertfast {
 
@@ -12,6 +13,11 @@ void use(InstructionSet set);           // it must be supported
 
 bool has_quad_instruction();              // whether the set in use has dot products of four int8 on this CPU
 void use_quad_instruction(bool allowed);  // if the CPU has it; for tests
+
+// Whether GEMMs of int8 with many tokens use AMX: if the CPU has it, the operating system lets this process use it, and
+// the set in use is one of those with 512 bits, which all CPUs with AMX have.
+bool has_tiles();
+void use_tiles(std::optional<bool> use);  // for tests, which can emulate the instructions; by default as above
 
 }  // namespace bertfast
 

@@ -36,9 +36,32 @@ def test_the_report_names_the_library_and_the_implementation_of_each_operator(re
     facts, table = report()
     assert torch.__version__ in facts["versions"]
     assert facts["library"].startswith(f"{native.path()}; instruction sets plain")
-    assert facts["library"].endswith(f"{native.instruction_set()} in use")
+    assert f"; {native.instruction_set()} in use, " in facts["library"]
     assert facts["training"].startswith("on cpu in ")
     assert [line.split() for line in table[1 : len(ops.__all__) + 1]] == [[name, "cpu", "cpu"] for name in ops.__all__]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("tiles", "quads", "text"),
+    [
+        (False, False, "no dot products of int8"),
+        (False, True, "int8 with VNNI"),
+        (True, False, "int8 with AMX"),
+        (True, True, "int8 with AMX and VNNI"),
+    ],
+)
+def test_the_report_names_the_instructions_of_int8(tiles, quads, text, report):
+    if quads and not torch.ops.bertfast.has_quad_instruction():
+        pytest.skip("this CPU has none")
+    torch.ops.bertfast.use_tiles(tiles)
+    torch.ops.bertfast.use_quad_instruction(quads)
+    try:
+        facts, _ = report()
+    finally:
+        torch.ops.bertfast.use_tiles(None)
+        torch.ops.bertfast.use_quad_instruction(True)
+    assert facts["library"].endswith(f" in use, {text}")
 
 
 def test_the_report_says_why_the_reference_runs(report, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import amx
 from guard_page import GuardedMemory, guarded
 from helpers import INTERPRETED, KERNELS, dropout_over, normal
 
@@ -147,20 +148,25 @@ def rotary() -> Tensor:
     return Weighted.apply(y, guarded(normal(*qkv.shape, dtype=torch.float32)))
 
 
-def packed(make: Callable[..., PackedWeight]) -> Callable[[], Tensor]:
+def packed(make: Callable[..., PackedWeight], tokens: int = ROWS) -> Callable[[], Tensor]:
     """Return the operation on a weight that `make` packs; its result has no gradient, so that of a sum is taken."""
 
     def run() -> Tensor:
         plain = make(rows(count=37), vector(37))
         tensors = {name: guarded(x) for name, x in vars(plain).items() if isinstance(x, Tensor)}
-        y = packed_linear(rows().detach(), replace(plain, **tensors), "gelu", implementation=KERNELS)
-        return y + rows(37)
+        x = rows(count=tokens).detach()
+        return packed_linear(x, replace(plain, **tensors), "gelu", implementation=KERNELS) + rows(37, tokens)
 
     return run
 
 
 def quantised_with_factors(weight: Tensor, bias: Tensor) -> PackedWeight:
     return quantise(weight, bias, torch.full((HIDDEN,), 0.5))
+
+
+def packed_int8_in_tiles() -> Tensor:
+    with amx.tiles():
+        return packed(quantised_with_factors, tokens=20)()
 
 
 def out_of_bounds() -> Tensor:
@@ -185,6 +191,7 @@ CASES = {
     **({"gather": gather} if KERNELS == "triton" else {}),
     **({"rotary": rotary} if KERNELS != "cuda" else {}),
     **({"packed_linear": packed(pack), "packed_int8": packed(quantised_with_factors)} if KERNELS == "cpu" else {}),
+    **({"packed_int8_in_tiles": packed_int8_in_tiles} if KERNELS == "cpu" and amx.IS_AVAILABLE else {}),
     "out_of_bounds": out_of_bounds,
 }
 if KERNELS == "cuda":

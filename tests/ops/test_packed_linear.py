@@ -72,6 +72,13 @@ def test_bad_arguments():
         quantise(WEIGHT / 0)
 
 
+@pytest.mark.parametrize("permitted", [True, False])
+def test_amx_is_used_only_where_the_operating_system_permits_it(permitted, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: permitted)
+    assert len(pack(WEIGHT, BIAS, torch.bfloat16).dense) == (40 if permitted else 0)
+
+
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("bias", [BIAS, None], ids=["bias", "none"])
 def test_with_amx_many_tokens_are_multiplied_by_onednn(bias, activation, monkeypatch):
