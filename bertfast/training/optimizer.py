@@ -107,7 +107,8 @@ def step_if_finite(
     if scaler is not None:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-    norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = get_total_norm(gradients)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     finite = norm.isfinite() & losses.isfinite().all()
     # The optimizers divide by this as they read the gradients; clip_grad_norm_ would read and write them once more.
@@ -117,7 +118,10 @@ def step_if_finite(
         optimizer.step()
     if scaler is not None:
         scaler.update()
-    model.zero_grad(set_to_none=not keep_gradients)
+    if keep_gradients and gradients:
+        torch._foreach_zero_(gradients)  # a few launches; `zero_grad` has one per parameter
+    else:
+        model.zero_grad()
     return torch.where(finite, norm, torch.nan)
 
 

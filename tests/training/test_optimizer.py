@@ -150,6 +150,21 @@ def test_steps_equal_those_of_clipped_gradients(model, name, max_grad_norm):
         torch.testing.assert_close(parameter, twin, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_gradients_are_cleared_and_a_captured_step_keeps_their_memory(model, keep):
+    optimizers = build_optimizers(model, "adamw", 1e-3, 0.01)
+    frozen, *trained = model.parameters()
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    kept = [parameter.grad for parameter in trained]
+    step_if_finite(model, optimizers, 1.0, torch.zeros(1), keep_gradients=keep)
+    assert frozen.grad is None
+    if keep:
+        assert all(parameter.grad is grad and not grad.any() for parameter, grad in zip(trained, kept, strict=True))
+    else:
+        assert all(parameter.grad is None for parameter in trained)
+
+
 def test_the_linear_schedule_rises_and_decays_linearly():
     rates = [schedule("linear", p / 10, 0.2) for p in range(11)]
     assert rates == pytest.approx([0, 0.5, 1, *(x / 8 for x in range(7, -1, -1))])
