@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 from sass_listings import EXIT, listing
 
-from bench.sass_model import compiled_cuda, constants, control_words, cuda_cases, history, kernel_time, machine_code
+from bench.sass_model import (
+    compiled_cuda,
+    constants,
+    control_words,
+    cuda_cases,
+    cuda_training_cases,
+    history,
+    kernel_time,
+    machine_code,
+)
 from bench.sass_model import predict as predict_program
 from bench.sass_model.constants import H200
 from bench.sass_model.control_flow import Choice, ControlFlow
@@ -118,6 +127,11 @@ def test_constants_of_the_cases_are_those_of_the_kernels():
     assert number("bias_gelu.cu", r"BLOCKS_PER_SM = (\d+)") == cuda_cases.GELU_BLOCKS_PER_SM
     assert number("bias_gelu.cu", r"MAX_ROWS_IN_FLIGHT = (\d+)") == cuda_cases.GELU_ROWS
     assert number("bias_gelu.cu", r"GELU_THREADS = (\d+)") * 8 == cuda_cases.GELU_COLUMNS
+    loss = cuda_training_cases
+    assert number("cross_entropy.cu", r"LOSS_THREADS = (\d+)") == 32 * loss.LOSS_WARPS
+    assert number("cross_entropy.cu", r"GRADIENT_WARPS = (\d+)") == loss.GRADIENT_WARPS
+    assert number("cross_entropy.cu", r"GRADIENT_COLUMNS = 32 \* (\d+)") * 32 == loss.GRADIENT_COLUMNS
+    assert number("cross_entropy.cu", r"UNROLL_(\d)_FOR") == loss._UNROLLED
     assert number("work_tiles.cuh", r"ATTENTION_THREADS = (\d+)") == 32 * cuda_cases.ATTENTION_WARPS
     assert number("work_tiles.cuh", r"BLOCK = (\d+)") == cuda_cases.BLOCK
     prefetched = number("attention_keys.cuh", r"MAX_PREFETCHED_SEQLEN = D == 64 \? (\d+)")

@@ -22,7 +22,7 @@ import torch
 from bench.bounds import ADAMW_BYTES
 from bench.harness import ROOT
 from bench.page.text import table
-from bench.sass_model.constants import H200
+from bench.sass_model.constants import GEMM_FLOPS, H200
 from bertfast import BertForPreTraining, preset_config
 from bertfast.architectures.presets import Preset
 from bertfast.training.flops import encoder_flops, head_flops
@@ -32,8 +32,7 @@ PAGE = ROOT / "docs" / "SCALING.md"
 BEGIN = "<!-- `python -m bench.end_to_end.scaling_model` writes from here -->"
 END = "<!-- to here -->"
 
-GEMM_FLOPS = 790e12  # bf16 on an H200, as in bench/LOG.md
-EFFICIENCY = 0.6  # share of it that forward and backward pass reach
+EFFICIENCY = 0.6  # share of GEMM_FLOPS that forward and backward pass reach
 GPUS_PER_NODE = 8
 LINK_SHARE = 0.8  # share of a link's bandwidth that collectives reach
 NVLINK = 450e9  # bytes/s per GPU and direction: NVLink 4

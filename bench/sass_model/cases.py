@@ -21,6 +21,7 @@ from bertfast.kernels.rows import _WARPS_PER_SM
 TOKENS = 32_768
 MIXED = tuple(range(4, 513, 4))  # lengths of sequences, 33,024 tokens together
 HEADS, HEAD_DIMENSION = 12, 64
+WIDE_HEADS = 6  # heads of dimension 128, together as wide
 HALF, SINGLE = 2, 4  # bytes of an element
 UNIT = TOKENS * HEADS * HEAD_DIMENSION * HALF  # bytes of q, k, v, o or a gradient of one
 STATISTIC = SINGLE * TOKENS * HEADS  # bytes of the log-sum-exp, or of delta
@@ -63,6 +64,7 @@ def launches() -> Iterator[Launch]:
     for dropout in (False, True):
         yield _attention(128, (128,), dropout)
         yield _attention(512, (512, 300, 2048), dropout)
+        yield _attention(512, (512,), dropout, heads=WIDE_HEADS)
     yield _windowed_attention()
     for dropout in (False, True):
         yield _add_layer_norm(768, dropout)
@@ -76,15 +78,19 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _attention(bound: int, lengths: tuple[int, ...], dropout: bool, window: int | None = None) -> Launch:
+def _attention(
+    bound: int, lengths: tuple[int, ...], dropout: bool, window: int | None = None, heads: int = HEADS
+) -> Launch:
     from bertfast.kernels import attention, attention_backward  # noqa: F401, registers the operations
 
+    dimension = HEADS * HEAD_DIMENSION // heads
+
     def run() -> None:
-        qkv = torch.zeros(64, 3, 2, HEAD_DIMENSION, dtype=torch.bfloat16)
+        qkv = torch.zeros(64, 3, 2, dimension, dtype=torch.bfloat16)
         o, lse = qkv.new_zeros(qkv[:, 0].shape), torch.zeros(qkv.shape[2], len(qkv))
         cu_seqlens = torch.tensor([0, 64], dtype=torch.int32)
         table = tile_table(cu_seqlens, len(qkv), bound)
-        batch = (cu_seqlens, torch.zeros(1, dtype=torch.int64), table, bound, 0.125, False, window)
+        batch = (cu_seqlens, torch.zeros(1, dtype=torch.int64), table, bound, dimension**-0.5, False, window)
         rng = (torch.zeros((), dtype=torch.int64), 256, 26) if dropout else (None, 0, 0)
         torch.ops.bertfast.triton_attention_forward(qkv, *batch, *rng)
         torch.ops.bertfast.triton_attention_backward(o, qkv, o, lse, *batch, *rng)
@@ -92,17 +98,18 @@ def _attention(bound: int, lengths: tuple[int, ...], dropout: bool, window: int 
     cases: list[Case] = []
     for length in lengths:
         size, matmul = f"length {length:,}", matmul_flop(length, window)
-        cases.append(Case("attention_forward", size, _forward(length, window)))
+        cases.append(Case("attention_forward", size, _forward(length, window, heads)))
         if bound <= 128:
             cases.append(Case("attention_backward_short", size, _short(length)))
         else:
             cases += [
-                Case("attention_d_q", size, _d_q(length, window), 5 * matmul),
-                Case("attention_d_kv", size, _d_kv(length, window), 5 * matmul),
+                Case("attention_d_q", size, _d_q(length, window, heads), 5 * matmul),
+                Case("attention_d_kv", size, _d_kv(length, window, heads), 5 * matmul),
             ]
-    if bound == 512 and window is None:
+    if bound == 512 and window is None and heads == HEADS:
         cases += _mixed_cases()
     name = "attention" + (f", window {window}" if window else "") + (", dropout" if dropout else "")
+    name += f", {heads} heads of {dimension}" if heads != HEADS else ""
     return Launch(name, run, tuple(cases))
 
 
@@ -143,15 +150,15 @@ def _attended(block: int, step: int, length: int, window: int | None) -> int:
     return length if window is None else min(ceil_div(2 * window + block, step) * step, ceil_div(length, step) * step)
 
 
-def _forward(length: int, window: int | None = None) -> Callable[[Options], Work]:
+def _forward(length: int, window: int | None = None, heads: int = HEADS) -> Callable[[Options], Work]:
     flop = 2 * matmul_flop(length, window)
 
     def work(options: Options) -> Work:
         rows, step = options["BLOCK_M"], options["BLOCK_N"]
-        blocks = TOKENS // length * ceil_div(length, rows) * HEADS
-        loads = blocks * (rows + 2 * _attended(rows, step, length, window)) * HEAD_DIMENSION * HALF
+        blocks = TOKENS // length * ceil_div(length, rows) * heads
+        loads = blocks * (rows + 2 * _attended(rows, step, length, window)) * _row_bytes(heads)
         choice = _over_keys(rows, step, length, window, options["SPLIT"])
-        return Work(blocks, choice, flop, 3 * UNIT, UNIT + STATISTIC, loads)
+        return Work(blocks, choice, flop, 3 * UNIT, UNIT + SINGLE * TOKENS * heads, loads)
 
     return work
 
@@ -173,28 +180,34 @@ def _short(length: int) -> Callable[[Options], Work]:
     return work
 
 
-def _d_q(length: int, window: int | None = None) -> Callable[[Options], Work]:
+def _row_bytes(heads: int) -> int:
+    """Return the bytes of a row of one head."""
+    return HEADS * HEAD_DIMENSION // heads * HALF
+
+
+def _d_q(length: int, window: int | None = None, heads: int = HEADS) -> Callable[[Options], Work]:
     flop = 3 * matmul_flop(length, window)
 
     def work(options: Options) -> Work:
         rows, step = options["BLOCK_M"], options["BLOCK_N"]
-        blocks = TOKENS // length * ceil_div(length, rows) * HEADS
-        loads = blocks * (3 * rows + 2 * _attended(rows, step, length, window)) * HEAD_DIMENSION * HALF
-        choice = _over_keys(rows, step, length, window, options["SPLIT"])
-        return Work(blocks, choice, flop, 5 * UNIT + STATISTIC, UNIT + STATISTIC, loads)
+        blocks = TOKENS // length * ceil_div(length, rows) * heads
+        loads = blocks * (3 * rows + 2 * _attended(rows, step, length, window)) * _row_bytes(heads)
+        choice, statistic = _over_keys(rows, step, length, window, options["SPLIT"]), SINGLE * TOKENS * heads
+        return Work(blocks, choice, flop, 5 * UNIT + statistic, UNIT + statistic, loads)
 
     return work
 
 
-def _d_kv(length: int, window: int | None = None) -> Callable[[Options], Work]:
+def _d_kv(length: int, window: int | None = None, heads: int = HEADS) -> Callable[[Options], Work]:
     flop = 4 * matmul_flop(length, window)
 
     def work(options: Options) -> Work:
         keys, step = options["BLOCK_N"], options["BLOCK_M"]
-        blocks = TOKENS // length * ceil_div(length, keys) * HEADS
+        blocks = TOKENS // length * ceil_div(length, keys) * heads
         queries = ceil_div(_attended(keys, step, length, window), step)
-        loads = blocks * (2 * keys + 2 * queries * step) * HEAD_DIMENSION * HALF
-        return Work(blocks, Choice({"matmul": queries}), flop, 4 * UNIT + 2 * STATISTIC, 2 * UNIT, loads)
+        loads = blocks * (2 * keys + 2 * queries * step) * _row_bytes(heads)
+        reads = 4 * UNIT + 2 * SINGLE * TOKENS * heads
+        return Work(blocks, Choice({"matmul": queries}), flop, reads, 2 * UNIT, loads)
 
     return work
 

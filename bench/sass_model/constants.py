@@ -91,3 +91,19 @@ L1_LATENCY = 33.0  # [A], about that of shared memory
 L2_LATENCY = 262.0  # [M]
 DRAM_LATENCY = 479.0  # [M], without queueing
 L2_BYTES = 27.0  # per SM and cycle: 5.5 TB/s, as others measured on an H100 with 114 SMs [A]
+
+# Library operators and launches, see `library_time.py`.
+GEMM_FLOPS = 790e12  # bf16 GEMMs of an H200 with full waves, as bench/LOG.md assumes [A]
+GEMM_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85))  # rows, columns, share of GEMM_FLOPS [A]
+GEMM_SPLITS = 8  # at most as many blocks share a tile's sum over K, whose parts are added in fp32 [A]
+GRAPH_GAP = 1e-6  # seconds from the end of a kernel of a CUDA graph to the start of the next one [A]
+HOST_LAUNCH = 4e-6  # seconds of the host per launch without a graph, as bench/LOG.md assumes [A]
+SHORTEST = 2e-6  # seconds of a library kernel that does next to nothing [A]
+SORT_IN_A_BLOCK = 4096  # keys that PyTorch sorts in one kernel
+# More keys: the positions, a histogram, its prefix sums, and a pass per byte of 32-bit keys (CUB's radix sort).
+SORT_LAUNCHES, SORT_PASSES = 7, 4
+SORT_PASS = 5e-6  # seconds: a pass waits for sums of earlier blocks, and 2^16 keys are few for it [A]
+MULTI_TENSOR_CHUNK, MULTI_TENSOR_BLOCKS = (
+    65_536,
+    320,
+)  # elements of a block and blocks of a launch of `_foreach` [PyTorch]

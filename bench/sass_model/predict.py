@@ -23,19 +23,22 @@ from typing import Any
 import triton
 
 from bench.harness import RESULTS, origin, require_clean_tree
-from bench.sass_model import targets
+from bench.sass_model import composed, targets
 from bench.sass_model.ahead_of_time import compile_only, disassemble
 from bench.sass_model.cases import HEADS, Case, Launch, launches
 from bench.sass_model.constants import H200, VERSION
 from bench.sass_model.cuda_cases import BLOCK, STEP, cuda_cases
+from bench.sass_model.cuda_training_cases import cuda_training_cases
 from bench.sass_model.kernel_time import Kernel, Prediction, Work, predict
 from bench.sass_model.machine_code import Code, nvcc_version, pack, read_cuda
 from bench.sass_model.mixed_lengths import Batch, predict_mixed, predict_persistent
+from bench.sass_model.training_cases import training_launches
+from bench.sass_model.workloads import workloads
 
 PAGE = RESULTS / "sass_model.md"
 KEPT = RESULTS / "sass_listings.json.xz"  # code that the page predicts, see `machine_code.py`
 TOLERANCE = 0.01
-_SHAPE = ("BLOCK_M", "BLOCK_N", "BLOCK", "ROWS", "CHUNK")
+_SHAPE = ("BLOCK_M", "BLOCK_N", "BLOCK", "ROWS", "CHUNK", "COLUMNS", "DEPTH", "LANES", "WIDTH")
 _COLUMNS = "kernel | case | block | registers | per SM | cycles | µs | TFLOP/s | GB/s | of the limit | bound by"
 
 
@@ -86,6 +89,9 @@ def main() -> int:
     if not found:
         parser.error(f"no kernel is called {' or '.join(arguments.kernels)}: there are {', '.join(_names())}")
     lines, nvcc = table(found), nvcc_version(arguments.cuda)
+    if not arguments.kernels and not arguments.language:
+        times = [composed.Time(row.kernel, row.case, row.prediction.seconds, row.cuda) for row in found]
+        lines += composed.section(times, list(workloads()), H200)
     text = "\n".join([*header(nvcc), *lines, *targets.section(lines)]) + "\n"
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")
@@ -104,7 +110,7 @@ def _all_rows(kernels: list[str], language: str | None, cuda: Path) -> tuple[lis
     """Return the machine code of the kernels that were asked for, and their rows."""
     codes: list[Code] = []
     found: list[Row] = []
-    chosen = [launch for launch in launches() if not kernels or any(name in launch.name for name in kernels)]
+    chosen = [launch for launch in all_launches() if not kernels or any(name in launch.name for name in kernels)]
     for launch in chosen if language != "cuda" else ():
         of_launch = compiled(launch)
         codes += of_launch
@@ -125,7 +131,12 @@ def _is_chosen(kernel: str, names: list[str]) -> bool:
 
 def _names() -> list[str]:
     """Return the names of all launches, each once."""
-    return list(dict.fromkeys(launch.name.partition(",")[0] for launch in launches()))
+    return list(dict.fromkeys(launch.name.partition(",")[0] for launch in all_launches()))
+
+
+def all_launches() -> list[Launch]:
+    """Return every launch of Triton's kernels that the table has."""
+    return [*launches(), *training_launches()]
 
 
 def compiled(launch: Launch) -> list[Code]:
@@ -146,7 +157,6 @@ def compiled(launch: Launch) -> list[Code]:
 def rows(launch: Launch, codes: Iterable[Code]) -> Iterator[Row]:
     """Yield the row of each case of a launch."""
     by_name = {code.kernel: code for code in codes}
-    suffix = launch.name.partition(",")[2].strip()
     for case in launch.cases:
         code = by_name[case.kernel]
         work = case.work(code.options)
@@ -154,7 +164,7 @@ def rows(launch: Launch, codes: Iterable[Code]) -> Iterator[Row]:
         kernel = Kernel(code.listing, code.warps, code.registers, code.shared_memory)
         yield Row(
             case.kernel,
-            ", ".join(filter(None, (case.size, suffix))),
+            case_name(launch, case),
             f"{blocks}, {code.warps} warps",
             code.registers,
             work,
@@ -163,10 +173,15 @@ def rows(launch: Launch, codes: Iterable[Code]) -> Iterator[Row]:
         )
 
 
+def case_name(launch: Launch, case: Case) -> str:
+    """Return what the table says about a case: its size, and what is special in the launch."""
+    return ", ".join(filter(None, (case.size, launch.name.partition(",")[2].strip())))
+
+
 def cuda_rows(codes: Iterable[Code]) -> Iterator[Row]:
     """Yield the row of each case of those CUDA C++ kernels that are given."""
     by_name = {code.kernel: code for code in codes}
-    for case in cuda_cases():
+    for case in (*cuda_cases(), *cuda_training_cases()):
         if (code := by_name.get(case.kernel)) is None:
             continue
         kernel = Kernel(code.listing, case.warps, code.registers, case.shared_memory)
