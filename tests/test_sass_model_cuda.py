@@ -71,6 +71,18 @@ def test_a_mask_is_avoided_if_a_path_leads_around_it():
     assert opcodes(Choice(take=frozenset({"mask"})))[-2:] == ["ISETP.GE.AND", "EXIT"]
 
 
+def test_an_arm_with_what_a_case_never_does_is_not_taken_for_its_loads():
+    """A load that half a branch converts from fp16; then the same in a loop that runs, whose other half is taken."""
+    arm = ["LDG.E R4, desc[UR4][R2.64]", "@P1 BRA 0x50", "HADD2.F32 R4, -RZ, R4.H0_H0", "FADD R1, R2, R4"]
+    flow = ControlFlow(parse(listing([(line, Control(1)) for line in ["@P0 BRA 0x50", *arm, "EXIT"]])))
+    take, never = frozenset({"load"}), frozenset({"half"})
+    assert len(flow.path(Choice(take=take))) > 2
+    assert [flow.instructions[index].opcode for index in flow.path(Choice(take=take, never=never))] == ["BRA", "EXIT"]
+    looped = ControlFlow(parse(listing([(line, Control(1)) for line in [*arm, "@P2 BRA 0x0", "EXIT"]])))
+    opcodes = [looped.instructions[index].opcode for index in looped.path(Choice({"memory": 2}, take, never=never))]
+    assert opcodes.count("LDG.E") == 2
+
+
 def test_a_loop_around_matmuls_that_never_runs_is_skipped():
     """The branch that decides is in front of a loop that tests at its end."""
     lines = [

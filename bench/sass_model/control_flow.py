@@ -17,6 +17,7 @@ from bench.sass_model.sass import Instruction
 _PHILOX = re.compile(r"0xd2511f53|-0x2daee0ad|0xcd9e8d57|-0x326172a9")  # its two multipliers, also as signed numbers
 _TANH = re.compile(r"\b1\.59576|0x3fcc422a")  # 2 sqrt(2 / π), of the tanh form of GELU
 _MEMORY = ("LDG", "STG", "LDGSTS", "UTMALDG", "UTMASTG", "UBLKCP", "ATOM", "RED")
+_HALF = "HADD2.F32", "F2FP.F16"
 _LONGEST = 5_000_000  # instructions of a path; a longer one never ends
 _MASK = 16  # comparisons of a basic block, from which on it masks scores
 
@@ -30,15 +31,18 @@ class Choice:
             such a loop, "outer outer matmul" for the next one), how often it runs. Loops of a kind that is missing run
             once.
         take: Features whose arm of a branch is taken if only one arm has them: "matmul", "dropout" (Philox), "TMA",
-            "memory" (any access to global memory), "load" and "store", "mask" (many comparisons), "tanh".
+            "memory" (any access to global memory), "load" and "store", "mask" (many comparisons), "tanh",
+            "half" (conversions from or to fp16).
         avoid: Features whose arm is not taken if only one arm has them, or only one cannot avoid them.
         outside: The choice outside of loops with matmuls, such as a last iteration after one, if it differs.
+        never: Features whose arm is not taken either, even if it has features to take, unless a loop in it runs.
     """
 
     trips: Mapping[str, int] = field(default_factory=dict)
     take: frozenset[str] = frozenset()
     avoid: frozenset[str] = frozenset()
     outside: Choice | None = None
+    never: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -219,9 +223,9 @@ class ControlFlow:
             return -1  # a loop around matmuls that never runs
         trips = [choice.trips.get(loop.kind) for loop in self.loops if loop.header in blocks]
         found = self._features(blocks)
-        if found & choice.take or any(trips):
+        if any(trips) or (found & choice.take and not found & choice.never):
             return 1
-        return -1 if found & choice.avoid or 0 in trips else 0
+        return -1 if found & (choice.avoid | choice.never) or 0 in trips else 0
 
 
 def _features(code: Sequence[Instruction]) -> set[str]:
@@ -236,6 +240,7 @@ def _features(code: Sequence[Instruction]) -> set[str]:
         "store": "STG" in names,
         "dropout": dropout,
         "mask": names.count("ISETP") >= _MASK and not dropout,  # a random byte is compared, too
+        "half": any(line.opcode.startswith(_HALF) for line in code),
         "tanh": any(_TANH.search(line.operands) for line in code),
     }
     return {name for name, holds in tests.items() if holds}

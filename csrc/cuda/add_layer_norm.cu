@@ -6,45 +6,65 @@
 
 namespace bertfast::cuda {
 
+// Bits of the columns of a row that dropout keeps; see HiddenMask.
+template <class Team>
+using Kept = uint32_t[Team::CHUNKS];
+
 // z = residual + dropout(x + bias), with an explicit fma, so that both passes get bitwise identical results.
 template <class Team>
 DEVICE void add(const Team& team, const HiddenMask& mask, const typename Team::Row& bias, typename Team::Row& x,
-                const typename Team::Row& residual) {
+                const typename Team::Row& residual, Kept<Team>& kept) {
   UNROLL_FOR (int i = 0; i < Team::CHUNKS; ++i) {
-    float factor[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-    if (mask.drops()) mask.factors(team.column(i), factor);
-    UNROLL_FOR (int j = 0; j < 8; ++j) x[i][j] = fmaf(x[i][j] + bias[i][j], factor[j], residual[i][j]);
+    if (mask.drops()) {
+      kept[i] = mask.kept(team.column(i));
+      UNROLL_FOR (int j = 0; j < 8; ++j) x[i][j] = fmaf(x[i][j] + bias[i][j], mask.factor(kept[i], j), residual[i][j]);
+    } else {
+      UNROLL_FOR (int j = 0; j < 8; ++j) x[i][j] = x[i][j] + bias[i][j] + residual[i][j];
+    }
   }
 }
 
 // Write y, rounded to 16 bits, to its row of the copy.
-template <bool ALIGNED, class Team>
+template <class Team>
 DEVICE void store_copy(const Team& team, const Rows& copy, int64_t token, const typename Team::Row& y) {
-  if (copy.type == Type::bfloat16) team.template store<ALIGNED>(row<BFloat16>(copy, token), y);
-  else team.template store<ALIGNED>(row<Half>(copy, token), y);
+  if (copy.type == Type::bfloat16) team.store(row<BFloat16>(copy, token), y);
+  else team.store(row<Half>(copy, token), y);
 }
 
 // Add a row of 16-bit elements to d, one chunk at a time: a whole row would take more registers.
-template <bool ALIGNED, class C, class Team>
+template <class C, class Team>
 DEVICE void add_row(const Team& team, const C* row, typename Team::Row& d) {
   UNROLL_FOR (int i = 0; i < Team::CHUNKS; ++i) {
     float x[8];
-    load_8<ALIGNED>(row, team.column(i), team.columns(), x);
+    team.load_chunk(row, i, x);
     UNROLL_FOR (int j = 0; j < 8; ++j) d[i][j] += x[j];
   }
 }
 
-// Load the sum of the gradients of y and of its copy, either of which may be absent.
-template <class R, bool ALIGNED, class Team>
-DEVICE void load_gradient(const Team& team, const AddLayerNormBackward& a, int64_t token, typename Team::Row& d) {
-  if (a.d_y.data != nullptr) team.template load<ALIGNED>(row<R>(a.d_y, token), d);
-  else
-    UNROLL_FOR (int i = 0; i < Team::CHUNKS; ++i)
-      UNROLL_FOR (int j = 0; j < 8; ++j) d[i][j] = 0;
-  if (a.d_copy.data == nullptr) return;
-  if (a.d_copy.type == Type::bfloat16) add_row<ALIGNED>(team, row<BFloat16>(a.d_copy, token), d);
-  else add_row<ALIGNED>(team, row<Half>(a.d_copy, token), d);
+// Add the gradient of the copy of y, if there is one.
+template <class Team>
+DEVICE void add_copy(const Team& team, const Rows& d_copy, int64_t token, typename Team::Row& d) {
+  if (d_copy.data == nullptr) return;
+  if (d_copy.type == Type::bfloat16) add_row(team, row<BFloat16>(d_copy, token), d);
+  else add_row(team, row<Half>(d_copy, token), d);
 }
+
+// The inputs of a row of a backward pass as they are in memory. The gradient of y is zero if it is absent.
+template <class X, class R, class Team>
+struct BackwardInputs {
+  // Whether a thread loads those of its next row before it computes one. In fp32 they take too many registers.
+  static constexpr bool ahead = sizeof(R) == 2;
+
+  typename Team::template LoadedRow<X> x;
+  typename Team::template LoadedRow<R> residual, d_y = {};
+  float mean, rstd;
+
+  DEVICE void load(const Team& team, const AddLayerNormBackward& a, int64_t token) {
+    team.load(row<X>(a.x, token), x), team.load(row<R>(a.residual, token), residual);
+    if (a.d_y.data != nullptr) team.load(row<R>(a.d_y, token), d_y);
+    mean = a.mean[token], rstd = a.rstd[token];
+  }
+};
 
 template <class X, class R, class Shape>
 __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::FORWARD_BLOCKS_PER_SM)
@@ -53,14 +73,15 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::FORWARD_BLOCK
   typename Shape::Team::Row bias, gamma, beta, z, residual;
   team.load(a.bias, bias), team.load(a.gamma, gamma, 1), team.load(a.beta, beta);
   for (int64_t token = team.first_row(); token < a.tokens; token += team.step()) {
-    team.template load<Shape::aligned>(row<X>(a.x, token), z);
-    team.template load<Shape::aligned>(row<R>(a.residual, token), residual);
-    add(team, HiddenMask(a.dropout, token), bias, z, residual);
+    team.load(row<X>(a.x, token), z);
+    team.load(row<R>(a.residual, token), residual);
+    Kept<typename Shape::Team> kept;
+    add(team, HiddenMask(a.dropout, token), bias, z, residual, kept);
     float mean, rstd;
     team.normalise(z, a.eps, mean, rstd);
     team.scale_and_shift(z, gamma, beta);
-    team.template store<Shape::aligned>(row<R>(a.y, token), z);
-    if (a.copy.data != nullptr) store_copy<Shape::aligned>(team, a.copy, token, z);
+    team.store(row<R>(a.y, token), z);
+    if (a.copy.data != nullptr) store_copy(team, a.copy, token, z);
     if (team.column(0) == 0) a.mean[token] = mean, a.rstd[token] = rstd;
   }
 }
@@ -71,23 +92,28 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BACKWARD_BLOC
   const typename Shape::Team team((int)a.hidden);
   typename Shape::Team::Row bias, gamma, z, residual, d_y, d_gamma = {}, d_beta = {}, d_bias = {};
   team.load(a.bias, bias), team.load(a.gamma, gamma);
-  for (int64_t token = team.first_row(); token < a.tokens; token += team.step()) {
-    team.template load<Shape::aligned>(row<X>(a.x, token), z);
-    team.template load<Shape::aligned>(row<R>(a.residual, token), residual);
-    load_gradient<R, Shape::aligned>(team, a, token, d_y);
+  BackwardInputs<X, R, typename Shape::Team> inputs;
+  int64_t token = team.first_row();
+  if (inputs.ahead && token < a.tokens) inputs.load(team, a, token);
+  while (token < a.tokens) {
+    if (!inputs.ahead) inputs.load(team, a, token);
+    team.widen(inputs.x, z), team.widen(inputs.residual, residual), team.widen(inputs.d_y, d_y);
     const HiddenMask mask(a.dropout, token);
-    add(team, mask, bias, z, residual);
-    team.differentiate(z, d_y, gamma, a.mean[token], a.rstd[token], d_gamma, d_beta);
-    team.template store<Shape::aligned>(row<R>(a.d_residual, token), z);
-    UNROLL_FOR (int i = 0; i < Shape::Team::CHUNKS; ++i) {
-      float factor[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-      if (mask.drops()) mask.factors(team.column(i), factor);
+    const float mean = inputs.mean, rstd = inputs.rstd;
+    const int64_t following = token + team.step();
+    if (inputs.ahead && following < a.tokens) inputs.load(team, a, following);
+    add_copy(team, a.d_copy, token, d_y);
+    Kept<typename Shape::Team> kept;
+    add(team, mask, bias, z, residual, kept);
+    team.differentiate(z, d_y, gamma, mean, rstd, d_gamma, d_beta);
+    team.store(row<R>(a.d_residual, token), z);
+    UNROLL_FOR (int i = 0; i < Shape::Team::CHUNKS; ++i)
       UNROLL_FOR (int j = 0; j < 8; ++j) {
-        z[i][j] *= factor[j];
-        if (team.has_column(i, j)) d_bias[i][j] += z[i][j];
+        if (mask.drops()) z[i][j] *= mask.factor(kept[i], j);
+        d_bias[i][j] += z[i][j];  // beyond the row's end, too, where it is not stored
       }
-    }
-    if (a.d_x.data != nullptr) team.template store<Shape::aligned>(row<X>(a.d_x, token), z);
+    if (a.d_x.data != nullptr) team.store(row<X>(a.d_x, token), z);
+    token = following;
   }
   float* const sums = a.sums + (int64_t)blockIdx.x * 3 * a.hidden;
   team.store_block_sum(d_gamma, sums);

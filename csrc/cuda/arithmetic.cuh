@@ -24,6 +24,13 @@ DEVICE float fast_reciprocal(float x) {
   return y;
 }
 
+// 1 / sqrt(x), to 2 ulp.
+DEVICE float fast_rsqrt(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two 16-bit masks, all ones where the highest bit of byte `byte` of x is set (lower half), and that of the next byte.
 DEVICE uint32_t sign_masks(uint32_t x, int byte) {
   uint32_t masks;

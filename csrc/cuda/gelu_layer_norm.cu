@@ -13,13 +13,13 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::FORWARD_BLOCK
   typename Shape::Team::Row bias, gamma, beta, z;
   team.load(a.bias, bias), team.load(a.gamma, gamma), team.load(a.beta, beta);
   for (int64_t token = team.first_row(); token < a.count; token += team.step()) {
-    team.template load<Shape::aligned>(row<X>(a.x, token), z);
+    team.load(row<X>(a.x, token), z);
     UNROLL_FOR (int i = 0; i < Shape::Team::CHUNKS; ++i)
       UNROLL_FOR (int j = 0; j < 8; ++j) z[i][j] = gelu<false>(z[i][j] + bias[i][j]).value;
     float mean, rstd;
     team.normalise(z, a.eps, mean, rstd);
     team.scale_and_shift(z, gamma, beta);
-    team.template store<Shape::aligned>(row<Y>(a.y, token), z);
+    team.store(row<Y>(a.y, token), z);
     if (team.column(0) == 0) a.mean[token] = mean, a.rstd[token] = rstd;
   }
 }
@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BACKWARD_BLOC
   typename Shape::Team::Row bias, gamma, z, slope, d_y, d_gamma = {}, d_beta = {}, d_bias = {};
   team.load(a.bias, bias), team.load(a.gamma, gamma);
   for (int64_t token = team.first_row(); token < a.count; token += team.step()) {
-    team.template load<Shape::aligned>(row<X>(a.x, token), z);
-    team.template load<Shape::aligned>(row<Y>(a.d_y, token), d_y);
+    team.load(row<X>(a.x, token), z);
+    team.load(row<Y>(a.d_y, token), d_y);
     UNROLL_FOR (int i = 0; i < Shape::Team::CHUNKS; ++i)
       UNROLL_FOR (int j = 0; j < 8; ++j) {
         const Curve curve = gelu<false>(z[i][j] + bias[i][j]);
@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(Shape::Team::BLOCK, Shape::Team::BACKWARD_BLOC
     UNROLL_FOR (int i = 0; i < Shape::Team::CHUNKS; ++i)
       UNROLL_FOR (int j = 0; j < 8; ++j) {
         z[i][j] *= slope[i][j];
-        if (team.has_column(i, j)) d_bias[i][j] += z[i][j];
+        d_bias[i][j] += z[i][j];  // beyond the row's end, too, where it is not stored
       }
-    team.template store<Shape::aligned>(row<X>(a.d_x, token), z);
+    team.store(row<X>(a.d_x, token), z);
   }
   float* const sums = a.sums + (int64_t)blockIdx.x * 3 * a.hidden;
   team.store_block_sum(d_gamma, sums);

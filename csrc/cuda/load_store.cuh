@@ -26,14 +26,23 @@ DEVICE float from_bits(uint32_t bits) {
   return x;
 }
 
-DEVICE void load_8(const float* p, float (&x)[8]) {
-  const Words4 words[2] = {((const Words4*)p)[0], ((const Words4*)p)[1]};
-  UNROLL_FOR (int i = 0; i < 8; ++i) x[i] = from_bits(words[i / 4].word[i % 4]);
+// 8 elements as they are in memory.
+template <class T>
+struct Eight {
+  Words4 words[sizeof(T) / 2];
+};
+
+DEVICE void widen(const Eight<float>& from, float (&x)[8]) {
+  UNROLL_FOR (int i = 0; i < 8; ++i) x[i] = from_bits(from.words[i / 4].word[i % 4]);
 }
 template <class T>
+DEVICE void widen(const Eight<T>& from, float (&x)[8]) {
+  UNROLL_FOR (int i = 0; i < 8; ++i) x[i] = widen(T{(uint16_t)(from.words[0].word[i / 2] >> i % 2 * 16)});
+}
+
+template <class T>
 DEVICE void load_8(const T* p, float (&x)[8]) {
-  const Words4 words = *(const Words4*)p;
-  UNROLL_FOR (int i = 0; i < 8; ++i) x[i] = widen(T{(uint16_t)(words.word[i / 2] >> i % 2 * 16)});
+  widen(*(const Eight<T>*)p, x);
 }
 
 DEVICE void store_8(float* p, const float (&x)[8]) {
@@ -51,14 +60,21 @@ DEVICE void store_8(T* p, const float (&x)[8]) {
 // The same with a bound on the columns; elements beyond it are zero, and are not written. ALIGNED: the number of
 // columns is a multiple of 8 and every row is aligned to 16 bytes, so that groups of 8 are accessed as a whole.
 template <bool ALIGNED, class T>
-DEVICE void load_8(const T* row, int column, int columns, float (&x)[8]) {
-  UNROLL_FOR (int i = 0; i < 8; ++i) x[i] = 0;
+DEVICE Eight<T> load_8(const T* row, int column, int columns) {
+  Eight<T> loaded = {};
   if constexpr (ALIGNED) {
-    if (column < columns) load_8(row + column, x);
+    if (column < columns) loaded = *(const Eight<T>*)(row + column);
   } else {
+    T elements[8] = {};
     UNROLL_FOR (int i = 0; i < 8; ++i)
-      if (column + i < columns) x[i] = widen(row[column + i]);
+      if (column + i < columns) elements[i] = row[column + i];
+    memcpy(&loaded, elements, sizeof loaded);
   }
+  return loaded;
+}
+template <bool ALIGNED, class T>
+DEVICE void load_8(const T* row, int column, int columns, float (&x)[8]) {
+  widen(load_8<ALIGNED>(row, column, columns), x);
 }
 template <bool ALIGNED, class T>
 DEVICE void store_8(T* row, int column, int columns, const float (&x)[8]) {

@@ -36,7 +36,7 @@ DEVICE PhiloxWords philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, co
 DEVICE float keep_probability(int threshold) { return (float)(256 - threshold) * (1 / 256.f); }
 DEVICE float scale_of(int threshold) { return 256.f / (float)(256 - threshold); }
 
-// Dropout factors of a row of hidden activations: 0 or the scale.
+// Dropout of a row of hidden activations: factors that are 0 or the scale.
 class HiddenMask {
  public:
   DEVICE HiddenMask(const HiddenDropout& dropout, int64_t token) : dropout_(dropout) {
@@ -48,17 +48,22 @@ class HiddenMask {
 
   DEVICE bool drops() const { return dropout_.threshold != 0; }
 
-  // The factors of 8 columns; `column` is a multiple of 8. A Philox call covers 16 columns.
-  DEVICE void factors(int column, float (&factor)[8]) const {
+  // Which of 8 columns are kept, as bits; `column` is a multiple of 8. A Philox call covers 16 columns.
+  DEVICE uint32_t kept(int column) const {
     const PhiloxWords drawn =
         philox((uint32_t)column / 16, position_, sequence_id_, dropout_.counter_word, PhiloxKeys(seed_));
     const bool upper = column % 16 != 0;
     const uint32_t first = upper ? drawn.word[2] : drawn.word[0], second = upper ? drawn.word[3] : drawn.word[1];
+    uint32_t bits = 0;
     UNROLL_FOR (int i = 0; i < 8; ++i) {
       const uint32_t byte = ((i < 4 ? first : second) >> i % 4 * 8) & 0xff;
-      factor[i] = byte >= (uint32_t)dropout_.threshold ? scale_ : 0.f;
+      bits |= (uint32_t)(byte >= (uint32_t)dropout_.threshold) << i;
     }
+    return bits;
   }
+
+  // The factor of column i of 8 of which these are kept.
+  DEVICE float factor(uint32_t kept, int i) const { return kept >> i & 1 ? scale_ : 0.f; }
 
  private:
   const HiddenDropout& dropout_;

@@ -9,30 +9,44 @@ namespace bertfast::cuda {
 constexpr int ROW_THREADS = 128;   // of a block, unless a team has more
 constexpr int MAX_COLUMNS = 4096;  // of a row
 
-template <int WARPS, int COUNT>
+template <int WARPS, int COUNT, bool ALIGNED>  // see load_8
 class Team {
  public:
   static constexpr int THREADS = 32 * WARPS, TEAMS = THREADS < ROW_THREADS ? ROW_THREADS / THREADS : 1;
   static constexpr int BLOCK = TEAMS * THREADS;
-  // Limited by registers: of a forward pass 80 per thread, of a backward pass, which has sums over rows, 128.
-  static constexpr int FORWARD_BLOCKS_PER_SM = COUNT == 1 ? 768 / BLOCK : 1;
+  // Limited by registers: of a forward pass 72 per thread, of a backward pass, which has sums over rows, 128.
+  static constexpr int FORWARD_BLOCKS_PER_SM = COUNT == 1 ? 896 / BLOCK : 1;
   static constexpr int BACKWARD_BLOCKS_PER_SM = COUNT == 1 ? 512 / BLOCK : 1;
   static constexpr int CHUNKS = COUNT;
   using Row = float[COUNT][8];
+  template <class T>
+  using LoadedRow = Eight<T>[COUNT];
 
-  DEVICE Team(int columns) : columns_(columns), thread_((int)threadIdx.x % THREADS) {}
+  DEVICE Team(int columns)
+      : columns_(columns), thread_((int)threadIdx.x % THREADS), per_column_(1.f / (float)columns) {}
 
   DEVICE int64_t first_row() const { return (int64_t)blockIdx.x * TEAMS + threadIdx.x / THREADS; }
   DEVICE int64_t step() const { return (int64_t)gridDim.x * TEAMS; }
   DEVICE int column(int i) const { return (i * THREADS + thread_) * 8; }
-  DEVICE int columns() const { return columns_; }
-  DEVICE bool has_column(int i, int j) const { return column(i) + j < columns_; }
+  DEVICE bool has_column(int i, int j) const { return column(i) + (ALIGNED ? 0 : j) < columns_; }
 
-  template <bool ALIGNED, class T>
-  DEVICE void load(const T* row, Row& x) const {
-    UNROLL_FOR (int i = 0; i < COUNT; ++i) load_8<ALIGNED>(row, column(i), columns_, x[i]);
+  template <class T>
+  DEVICE void load_chunk(const T* row, int i, float (&x)[8]) const {
+    load_8<ALIGNED>(row, column(i), columns_, x);
   }
-  template <bool ALIGNED, class T>
+  template <class T>
+  DEVICE void load(const T* row, Row& x) const {
+    UNROLL_FOR (int i = 0; i < COUNT; ++i) load_chunk(row, i, x[i]);
+  }
+  template <class T>
+  DEVICE void load(const T* row, Eight<T> (&x)[COUNT]) const {
+    UNROLL_FOR (int i = 0; i < COUNT; ++i) x[i] = load_8<ALIGNED>(row, column(i), columns_);
+  }
+  template <class T>
+  DEVICE void widen(const Eight<T> (&from)[COUNT], Row& x) const {
+    UNROLL_FOR (int i = 0; i < COUNT; ++i) cuda::widen(from[i], x[i]);
+  }
+  template <class T>
   DEVICE void store(T* row, const Row& x) const {
     UNROLL_FOR (int i = 0; i < COUNT; ++i) store_8<ALIGNED>(row, column(i), columns_, x[i]);
   }
@@ -40,40 +54,45 @@ class Team {
   // Load a vector; an absent one is filled with `missing`.
   DEVICE void load(Vector from, Row& x, float missing = 0) const {
     UNROLL_FOR (int i = 0; i < COUNT; ++i)
-      UNROLL_FOR (int j = 0; j < 8; ++j) x[i][j] = from.data && has_column(i, j) ? widen(from, column(i) + j) : missing;
+      UNROLL_FOR (int j = 0; j < 8; ++j)
+        x[i][j] = from.data && has_column(i, j) ? cuda::widen(from, column(i) + j) : missing;
   }
 
-  // Replace x and y by their sums over the team, in all of its threads.
-  DEVICE void reduce_sum(float& x, float& y) const {
-    UNROLL_FOR (int lanes = 16; lanes > 0; lanes /= 2) {
-      x += __shfl_xor_sync(~0u, x, lanes);
-      y += __shfl_xor_sync(~0u, y, lanes);
-    }
+  // Replace each value, of which there are at most two, by its sum over the team, in all of its threads.
+  template <class... Values>
+  DEVICE void reduce_sum(Values&... values) const {
+    UNROLL_FOR (int lanes = 16; lanes > 0; lanes /= 2) ((values += __shfl_xor_sync(~0u, values, lanes)), ...);
     if constexpr (WARPS > 1) {
-      SHARED_ARRAY(float2, parts, BLOCK / 32);
+      SHARED_ARRAY(float, parts, 2 * BLOCK / 32);
       const int warp = (int)threadIdx.x / 32, team = warp / WARPS;
       named_barrier_sync(1 + team, THREADS);  // the previous call's parts have been read
-      if (threadIdx.x % 32 == 0) parts[warp] = {x, y};
+      int at = 0;
+      if (threadIdx.x % 32 == 0) ((parts[at++ * (BLOCK / 32) + warp] = values), ...);
       named_barrier_sync(1 + team, THREADS);
-      x = y = 0;
-      UNROLL_FOR (int i = 0; i < WARPS; ++i) x += parts[team * WARPS + i].x, y += parts[team * WARPS + i].y;
+      const float* part = parts + team * WARPS;
+      const auto add = [&](float& value) {
+        value = 0;
+        UNROLL_FOR (int i = 0; i < WARPS; ++i) value += part[i];
+        part += BLOCK / 32;
+      };
+      (add(values), ...);
     }
   }
 
   // z = (z - mean) · rstd; the variance is computed from differences, in a second pass over registers.
   DEVICE void normalise(Row& z, float eps, float& mean, float& rstd) const {
-    float sum = 0, squares = 0, unused = 0;
+    float sum = 0, squares = 0;
     UNROLL_FOR (int i = 0; i < COUNT; ++i)
       UNROLL_FOR (int j = 0; j < 8; ++j) sum += z[i][j];  // columns beyond the row's end are 0
-    reduce_sum(sum, unused);
-    mean = sum / (float)columns_;
+    reduce_sum(sum);
+    mean = sum * per_column_;
     UNROLL_FOR (int i = 0; i < COUNT; ++i)
       UNROLL_FOR (int j = 0; j < 8; ++j) {
-        const float d = has_column(i, j) ? z[i][j] - mean : 0.f;
-        squares += d * d;
+        const float d = z[i][j] - mean;
+        squares += has_column(i, j) ? d * d : 0.f;
       }
-    reduce_sum(squares, unused);
-    rstd = 1.f / sqrtf(squares / (float)columns_ + eps);
+    reduce_sum(squares);
+    rstd = fast_rsqrt(squares * per_column_ + eps);
     UNROLL_FOR (int i = 0; i < COUNT; ++i)
       UNROLL_FOR (int j = 0; j < 8; ++j) z[i][j] = (z[i][j] - mean) * rstd;
   }
@@ -96,7 +115,7 @@ class Team {
         d_gamma[i][j] += d_y[i][j] * z[i][j], d_beta[i][j] += d_y[i][j];
       }
     reduce_sum(mean_g, mean_gz);
-    mean_g /= (float)columns_, mean_gz /= (float)columns_;
+    mean_g *= per_column_, mean_gz *= per_column_;
     UNROLL_FOR (int i = 0; i < COUNT; ++i)
       UNROLL_FOR (int j = 0; j < 8; ++j) z[i][j] = rstd * (d_y[i][j] * gamma[i][j] - mean_g - z[i][j] * mean_gz);
   }
@@ -121,12 +140,12 @@ class Team {
 
  private:
   const int columns_, thread_;
+  const float per_column_;
 };
 
 template <int WARPS, int COUNT, bool ALIGNED>
 struct RowShape {
-  using Team = cuda::Team<WARPS, COUNT>;
-  static constexpr bool aligned = ALIGNED;  // see load_8
+  using Team = cuda::Team<WARPS, COUNT, ALIGNED>;
 };
 
 // Call f with the smallest RowShape that holds a row; `aligned` says whether all rows are ALIGNED.

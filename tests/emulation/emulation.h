@@ -246,6 +246,7 @@ void wait_copies() {
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_log2(float x) { return std::log2(x); }
 inline float fast_reciprocal(float x) { return 1.f / x; }
+inline float fast_rsqrt(float x) { return 1.f / std::sqrt(x); }
 
 inline uint32_t sign_masks(uint32_t x, int byte) {
   const auto mask = [&](int which) { return x >> (8 * which + 7) & 1 ? 0xffffu : 0u; };
