@@ -2,6 +2,7 @@
 
 import os
 
+import launches
 import pytest
 import torch
 
@@ -65,6 +66,14 @@ def test_kernels_of_an_operator_are_recorded_with_what_it_calls():
     assert {call.operator for call in calls if call.gemm} == {"linear_cross_entropy_forward"}
     (kernel,) = (call for call in calls if call.name == "cross_entropy")
     assert (kernel.blocks, kernel.rows, kernel.element) == (6, 6, 4)
+
+
+def test_an_unknown_option_of_a_launch_is_an_error():
+    """The interpreter ignores it, and only a GPU would find it."""
+    x = torch.empty(16)
+    with recording() as calls, pytest.raises(TypeError, match="unexpected keyword argument 'WIDTH'"):
+        launches.attention_like_kernel[(1,)](x, BLOCK=4, WIDTH=4, num_warps=4)
+    assert calls == []
 
 
 def test_nothing_pretends_to_be_on_a_gpu_afterwards():

@@ -229,9 +229,9 @@ def header(nvcc: str) -> list[str]:
         f"By `python -m bench.sass_model.predict` at commit {made['commit']}, constants of version {VERSION}, Triton "
         f"{triton.__version__}, nvcc {nvcc}; kernels with template arguments are those in CUDA C++. **Nothing "
         "here was measured**: times are computed from machine code (docs/KERNELS.md). "
-        "bf16, 32,768 tokens, 12 heads of 64; only attention's matmuls count as FLOP, and each input and output as "
-        "bytes once. Cycles: of an SM, from the end of a block to that of the next. The limit is that of 989 TFLOP/s "
-        "or of copies at 4.3 TB/s.",
+        "bf16, 32,768 tokens, 12 heads of 64; only matmuls count as FLOP, and each input and output as bytes once. "
+        "Cycles: of an SM, from the end of a block to that of the next. The limit is that of 989 TFLOP/s or of copies "
+        "at 4.3 TB/s.",
         "",
     ]
 

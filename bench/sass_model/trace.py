@@ -6,6 +6,7 @@ path of a GPU; Triton's kernels are recorded where they would be launched.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ MULTI_TENSOR = ("_foreach_", "_fused_")
 """Prefixes of operators on lists of tensors, of which a launch takes many."""
 
 _GATHERS = ("index_select", "index", "embedding", "gather")  # they read as much of the first tensor as they write
+
+
+_LAUNCH_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")  # Triton's own
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,17 @@ class _CallLog(TorchDispatchMode):
             self.calls.append(_library_call(func, args, kwargs, result, self.operator))
         return result
 
-    def launch(self, kernel: JITFunction[Any], grid: tuple[int, ...], arguments: Any) -> None:
-        """Record the launch of a Triton kernel."""
-        tensors = [x for x in tree_leaves(arguments) if isinstance(x, Tensor)]
+    def launch(
+        self, kernel: JITFunction[Any], grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        """Record the launch of a Triton kernel.
+
+        Raises:
+            TypeError: It lacks an argument, or has one that the kernel does not take; so it would fail on a GPU, too.
+        """
+        passed = {name: value for name, value in options.items() if name not in _LAUNCH_OPTIONS}
+        inspect.signature(kernel.fn).bind(*arguments, **passed)
+        tensors = [x for x in tree_leaves((arguments, passed)) if isinstance(x, Tensor)]
         name, read = kernel.fn.__name__.removesuffix("_kernel"), sum(map(stored_bytes, tensors))
         first = tensors[0]
         self.calls.append(Call(name, self.operator, True, read, 0, len(first), first.element_size(), grid[0]))
@@ -102,7 +114,7 @@ def recording() -> Iterator[list[Call]]:
     recorder = _CallLog()
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        recorder.launch(self, grid, (arguments, options))
+        recorder.launch(self, grid, arguments, options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
