@@ -21,7 +21,7 @@ if INTERPRETED:
     interpreter_bf16.repair()
 
 collect_ignore = [] if KERNELS == "cuda" else ["test_cuda.py"]
-collect_ignore += [] if KERNELS == "cpu" else ["test_packed_linear.py"]
+collect_ignore += [] if KERNELS == "cpu" else ["test_packed_linear.py", "test_packed_tiles.py"]
 if KERNELS != "triton":
     only_triton = ("attention_tiles", "gather", "linear_gelu", "rows", "sum_by_index")
     collect_ignore += [f"test_{name}.py" for name in only_triton]
