@@ -136,7 +136,8 @@ def test_constants_of_the_cases_are_those_of_the_kernels():
     for name, blocks in cuda_cases.ROW_BLOCKS_PER_SM.items():
         pattern = rf"{name.upper()}_BLOCKS_PER_SM = COUNT == 1 \? (\d+) / BLOCK"
         assert number("rows.cuh", pattern) // threads == blocks
-    assert number("bias_gelu.cu", r"BLOCKS_PER_SM = (\d+)") == cuda_cases.GELU_BLOCKS_PER_SM
+    for name, blocks in cuda_cases.GELU_BLOCKS_PER_SM.items():
+        assert number("bias_gelu.cu", rf"{name.upper()}_BLOCKS_PER_SM = (\d+)") == blocks
     assert number("bias_gelu.cu", r"MAX_ROWS_IN_FLIGHT = (\d+)") == cuda_cases.GELU_ROWS
     assert number("bias_gelu.cu", r"GELU_THREADS = (\d+)") * 8 == cuda_cases.GELU_COLUMNS
     loss = cuda_training_cases

@@ -30,7 +30,8 @@ from bench.sass_model.kernel_time import Work
 BLOCK, STEP = 128, 64  # queries or keys of both consumers, and of one wgmma
 ATTENTION_WARPS = 12
 ROW_BLOCKS_PER_SM = {"forward": 9, "backward": 5}  # of add_layer_norm at 768 columns, as csrc/cuda/rows.cuh computes it
-GELU_BLOCKS_PER_SM, GELU_ROWS, GELU_COLUMNS = 8, 4, 1024  # csrc/cuda/bias_gelu.cu
+GELU_BLOCKS_PER_SM = {"forward": 32, "backward": 4}  # csrc/cuda/bias_gelu.cu, also the next line
+GELU_ROWS, GELU_COLUMNS = 4, 1024
 _WHOLE = 512  # tokens up to which a work tile is a sequence
 _PREFETCHED = 256  # tokens up to which the backward pass has room for two blocks of keys
 _TILE = BLOCK * HEAD_DIMENSION * HALF  # bytes of BLOCK rows of one head
@@ -233,10 +234,9 @@ def _add_layer_norm(columns: int, dropout: bool) -> Iterator[CudaCase]:
 
 def _bias_gelu(columns: int) -> Iterator[CudaCase]:
     warps, row, across = 4, columns * HALF, ceil_div(columns, GELU_COLUMNS)
-    down = min(ceil_div(GELU_BLOCKS_PER_SM * H200.sms, across), ceil_div(TOKENS, GELU_ROWS))
-    choice = Choice(
-        {"memory": ceil_div(TOKENS, GELU_ROWS * down), "other": 0}, frozenset({"load", "store"}), frozenset({"tanh"})
-    )
     for name, reads in (("forward", row), ("backward", 2 * row)):
+        down = min(ceil_div(GELU_BLOCKS_PER_SM[name] * H200.sms, across), ceil_div(TOKENS, GELU_ROWS))
+        trips = {"memory": ceil_div(TOKENS, GELU_ROWS * down), "other": 0}
+        choice = Choice(trips, frozenset({"load", "store"}), frozenset({"tanh"}))
         work = Work(down * across, choice, 0, reads * TOKENS, row * TOKENS, reads * TOKENS)
         yield CudaCase(f"bias_gelu_{name}_kernel<BFloat16, true, false>", f"{columns:,} columns", warps, 0, work)

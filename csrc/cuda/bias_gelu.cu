@@ -8,7 +8,9 @@ namespace bertfast::cuda {
 
 constexpr int GELU_THREADS = 128, COLUMNS_PER_BLOCK = GELU_THREADS * 8;
 constexpr int MAX_ROWS_IN_FLIGHT = 4;  // rows whose loads a thread issues together
-constexpr int BLOCKS_PER_SM = 8;
+// Forward many small blocks, which the hardware distributes evenly; backward, where each writes a sum, those that are
+// resident.
+constexpr int FORWARD_BLOCKS_PER_SM = 32, BACKWARD_BLOCKS_PER_SM = 4;
 
 // The grid, flattened with columns first: column_blocks x row_programs, each program with every row_programs-th row.
 struct Grid {
@@ -20,15 +22,15 @@ struct Grid {
 
 static int column_blocks(int64_t columns) { return (int)((columns + COLUMNS_PER_BLOCK - 1) / COLUMNS_PER_BLOCK); }
 
-// The number of blocks that share the rows of a column block: as many as are resident, or fewer for few rows.
-static int row_programs(int64_t rows, int64_t columns) {
+// The number of blocks that share the rows of a column block: blocks_per_sm in all, or fewer for few rows.
+static int row_programs(int64_t rows, int64_t columns, int blocks_per_sm) {
   if (columns == 0) return 1;  // of no column block
-  const int across = column_blocks(columns), resident = (sm_count() * BLOCKS_PER_SM + across - 1) / across;
+  const int across = column_blocks(columns), most = (sm_count() * blocks_per_sm + across - 1) / across;
   const int64_t needed = (rows + MAX_ROWS_IN_FLIGHT - 1) / MAX_ROWS_IN_FLIGHT;
-  return (int)(needed < 1 ? 1 : needed < resident ? needed : resident);
+  return (int)(needed < 1 ? 1 : needed < most ? needed : most);
 }
 
-int bias_gelu_parts(int64_t rows, int64_t columns) { return row_programs(rows, columns); }
+int bias_gelu_parts(int64_t rows, int64_t columns) { return row_programs(rows, columns, BACKWARD_BLOCKS_PER_SM); }
 
 template <class T, bool ALIGNED, bool TANH>
 __global__ void __launch_bounds__(GELU_THREADS) bias_gelu_forward_kernel(const BiasGeluForward a, const Grid at) {
@@ -92,7 +94,7 @@ static void with_variant(Type type, bool aligned, bool tanh, const F& f) {
 }
 
 void bias_gelu_forward(const BiasGeluForward& a, Stream stream) {
-  const Grid at = {column_blocks(a.columns), row_programs(a.tokens, a.columns)};
+  const Grid at = {column_blocks(a.columns), row_programs(a.tokens, a.columns, FORWARD_BLOCKS_PER_SM)};
   const bool aligned = is_aligned(a.x, a.columns) && is_aligned(a.y, a.columns);
   with_variant(a.x.type, aligned, a.tanh,
                [&]<class T, bool ALIGNED, bool TANH>(T, std::bool_constant<ALIGNED>, std::bool_constant<TANH>) {
