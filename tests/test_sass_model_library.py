@@ -44,10 +44,11 @@ def test_other_operators_take_the_time_of_a_copy():
     assert library_time(call("add", 4), H200).seconds == constants.SHORTEST
 
 
-def test_a_sort_of_many_keys_takes_four_passes():
-    assert library_time(call("sort", rows=4096), H200).launches == 1
-    found = library_time(call("sort", rows=4097), H200)
-    assert (found.launches, found.seconds) == (7, pytest.approx(4 * 5e-6 + 3 * 2e-6))
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_sort_of_many_keys_takes_a_pass_per_byte(size):
+    assert library_time(call("sort", rows=4096, element=size), H200).launches == 1
+    found = library_time(call("sort", rows=4097, element=size), H200)
+    assert (found.launches, found.seconds) == (size + 3, pytest.approx(size * 5e-6 + 3 * 2e-6))
 
 
 def test_a_launch_takes_many_tensors():

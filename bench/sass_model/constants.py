@@ -100,8 +100,8 @@ GRAPH_GAP = 1e-6  # seconds from the end of a kernel of a CUDA graph to the star
 HOST_LAUNCH = 4e-6  # seconds of the host per launch without a graph, as bench/LOG.md assumes [A]
 SHORTEST = 2e-6  # seconds of a library kernel that does next to nothing [A]
 SORT_IN_A_BLOCK = 4096  # keys that PyTorch sorts in one kernel
-# More keys: the positions, a histogram, its prefix sums, and a pass per byte of 32-bit keys (CUB's radix sort).
-SORT_LAUNCHES, SORT_PASSES = 7, 4
+# More keys: the positions, a histogram, its prefix sums, and a pass per byte of a key (CUB's radix sort).
+SORT_LAUNCHES_BESIDES_PASSES = 3
 SORT_PASS = 5e-6  # seconds: a pass waits for sums of earlier blocks, and 2^16 keys are few for it [A]
 MULTI_TENSOR_CHUNK, MULTI_TENSOR_BLOCKS = (
     65_536,

@@ -35,7 +35,7 @@ def library_time(call: Call, gpu: Gpu) -> LibraryTime:
         found = gemm_time(*call.gemm, gpu)
         return LibraryTime(max(found.seconds, moved), found.launches)
     if call.name == "sort":
-        return _sort_time(call.rows)
+        return _sort_time(call.rows, call.element)
     if call.name.startswith(MULTI_TENSOR):
         launches = max(-(-call.chunks // constants.MULTI_TENSOR_BLOCKS), 1)
         return LibraryTime(max(moved, launches * constants.SHORTEST), launches)
@@ -62,10 +62,9 @@ def gemm_time(rows: int, columns: int, depth: int, gpu: Gpu) -> LibraryTime:
     return best
 
 
-def _sort_time(keys: int) -> LibraryTime:
+def _sort_time(keys: int, size: int) -> LibraryTime:
+    """Return the time of sorting keys of `size` bytes."""
     if keys <= constants.SORT_IN_A_BLOCK:
         return LibraryTime(constants.SHORTEST, 1)
-    others = constants.SORT_LAUNCHES - constants.SORT_PASSES
-    return LibraryTime(
-        constants.SORT_PASSES * constants.SORT_PASS + others * constants.SHORTEST, constants.SORT_LAUNCHES
-    )
+    others = constants.SORT_LAUNCHES_BESIDES_PASSES
+    return LibraryTime(size * constants.SORT_PASS + others * constants.SHORTEST, size + others)

@@ -51,7 +51,7 @@ class Call:
         reads: Bytes of its inputs, each element once.
         writes: Bytes of its results.
         rows: Rows of its first tensor; of an operator, the largest number of rows of a tensor.
-        element: Bytes of an element of its first tensor.
+        element: Bytes of an element of its first tensor; 0: it reads none.
         blocks: Blocks of a kernel along the first dimension of its grid.
         chunks: Blocks of an operator on a list of tensors.
         gemm: (M, N, K) of a matrix multiplication, else None.
@@ -160,7 +160,8 @@ def _library_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], resu
     rows = max((len(x) for x in (*read, *written) if x.dim()), default=0)
     listed = args[0] if name.startswith(MULTI_TENSOR) else []
     chunks = sum(-(-x.numel() // MULTI_TENSOR_CHUNK) for x in listed)
-    return Call(name, operator, False, reads, writes, rows, chunks=chunks, gemm=_gemm(name, read))
+    element = read[0].element_size() if read else 0
+    return Call(name, operator, False, reads, writes, rows, element, chunks=chunks, gemm=_gemm(name, read))
 
 
 def _gemm(name: str, read: list[Tensor]) -> tuple[int, int, int] | None:
