@@ -72,6 +72,8 @@ def cuda_cases() -> Iterator[CudaCase]:
             yield from _backward(length, dropout)
         yield _forward(300, dropout)
         yield _mixed(_FORWARD, dropout, partial(_forward_work, dropout=dropout), 2)
+        yield from _backward(300, dropout)
+        yield _mixed(_KEYS.format(_WHOLE), dropout, partial(_keys_work, dropout=dropout, bound=_WHOLE), 5)
     for dropout in (False, True):
         yield from _add_layer_norm(768, dropout)
     yield from _bias_gelu(3072)
@@ -138,7 +140,10 @@ def _forward_work(length: int, dropout: bool) -> Work:
 
 
 def _mixed(kernel: str, dropout: bool, work_of: Callable[[int], Work], matmuls: int) -> CudaCase:
-    """Return the case of the sequences of MIXED, each of which is one work tile per head."""
+    """Return the case of the sequences of MIXED, each of which is one work tile per head.
+
+    In the backward pass rows beyond a sequence's end are neither zeroed nor masked here.
+    """
     share, uniform = sum(MIXED) / TOKENS, work_of(max(MIXED))
     flop = matmuls * 2.0 * HEADS * HEAD_DIMENSION * sum(length * length for length in MIXED)
     total = replace(uniform, flop=flop, reads=uniform.reads * share, writes=uniform.writes * share)
