@@ -53,7 +53,10 @@ def row_config(
 @cache
 def _row_config(columns: int, element_size: int, summing: bool, warps_share_rows: bool) -> Mapping[str, int]:
     warps = 4 if columns <= 2048 else 8
-    if summing and not warps_share_rows and columns in _THREE_CHUNKS:
+    # Lanes of one warp hold all addresses of a row, too many in fp32: ptxas spills on sm_100.
+    in_one_warp = columns == _THREE_CHUNKS[0]
+    three_chunks = columns in _THREE_CHUNKS and not (in_one_warp and element_size > 2)
+    if summing and not warps_share_rows and three_chunks:
         chunk = columns // 3
         rows = warps * 32 * 4 // chunk
         return MappingProxyType({"H": columns, "CHUNK": chunk, "ROWS": rows, "num_warps": warps, "maxnreg": 128})

@@ -5,6 +5,8 @@ import torch
 
 from bertfast.kernels import rows
 
+FLOAT, BF16 = torch.float32, torch.bfloat16
+
 
 @pytest.mark.parametrize(("warps", "per_sm"), [(1, 16), (2, 8), (4, 4), (8, 2), (32, 1)])
 def test_programs_of_any_number_of_warps_fill_an_sm(monkeypatch, warps, per_sm):
@@ -15,13 +17,19 @@ def test_programs_of_any_number_of_warps_fill_an_sm(monkeypatch, warps, per_sm):
     assert rows.summing_programs(0, device, warps) == 1  # which writes sums of zero
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("columns", "rows_of_tile"), [(384, 4), (768, 2), (1536, 1), (3072, 1)])
+@pytest.mark.parametrize(
+    ("columns", "rows_of_tile", "dtype"),
+    [(384, 4, BF16), (768, 2, FLOAT), (768, 2, BF16), (1536, 1, FLOAT), (1536, 1, BF16), (3072, 1, BF16)],
+)
 def test_no_lane_idles_at_three_times_a_power_of_two(columns, rows_of_tile, dtype):
     config = rows.row_config(columns, torch.empty(0, dtype=dtype), summing=True)
     assert 3 * config["CHUNK"] == columns
     assert config["ROWS"] == rows_of_tile
     assert config["ROWS"] * config["CHUNK"] == 4 * 32 * config["num_warps"]  # 4 columns of a chunk belong to a lane
+
+
+def test_fp32_rows_of_384_columns_are_not_held_by_one_warp():
+    assert rows.row_config(384, torch.empty(0, dtype=FLOAT), summing=True)["CHUNK"] == 512
 
 
 @pytest.mark.parametrize("columns", [384, 768])
