@@ -74,6 +74,13 @@ def test_a_hazard_of_a_pending_wgmma_is_a_fault(run):
     assert "attention_like on sm_90a: FADD reads the accumulator of the wgmma at 0x10 at 0x20" in errors
 
 
+@pytest.mark.parametrize(("barrier", "reserved"), [("0x1", 2), ("0x2", 3), ("R5", 16)])
+def test_barriers_that_limit_the_blocks_of_an_sm_are_a_fault(run, barrier, reserved):
+    status, errors = run(code=(WAIT, f"BAR.SYNC.DEFER_BLOCKING {barrier}, 0x60"))
+    assert status == (reserved > 2)
+    assert (f"attention_like on sm_90a: {reserved} barriers per block" in errors) == (reserved > 2)
+
+
 def test_a_spill_is_a_fault(run):
     status, errors = run(spilled=8)
     assert status == 1

@@ -47,8 +47,10 @@ def test_serialised_wgmma_are_a_fault_and_other_warnings_are_not():
     assert row.faults() == ["ptxas serialises its wgmma (C7515)"]
 
 
-def test_too_much_shared_memory_wrong_tensor_cores_and_hazards_are_faults():
+def test_too_much_shared_memory_wrong_tensor_cores_hazards_and_barriers_are_faults():
     row = compiled()
+    assert 1 <= row.barriers <= 2
+    assert "16 barriers per block" in replace(row, barriers=16).faults()[0]
     assert "more than the GPU's 227 KiB" in replace(row, shared_memory=300 << 10).faults()[0]
     assert replace(row, tensor_core="HMMA").faults() == ["its matmuls run on HMMA"]
     assert replace(row, tensor_core="").faults() == ["its matmuls run on no tensor core"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from sass_listings import EXIT, Line, listing
 
-from bench.sass_model import constants, control_words, kernel_time, mixed_lengths, occupancy, pipes, schedule
+from bench.sass_model import constants, control_words, kernel_time, mixed_lengths, occupancy, pipes, sass, schedule
 from bench.sass_model.constants import H200
 from bench.sass_model.control_flow import Choice, ControlFlow
 from bench.sass_model.control_words import Control
@@ -211,26 +211,50 @@ def test_an_unknown_instruction_is_an_error_that_says_where_to_add_it():
 
 
 @pytest.mark.parametrize(
-    ("warps", "registers", "shared_memory", "expected"),
+    ("warps", "registers", "shared_memory", "barriers", "expected"),
     [
-        (8, 106, 65_536, 2),  # 4 warps of 112 x 32 registers per sub-partition
-        (8, 128, 0, 2),
-        (8, 129, 0, 1),
-        (4, 32, 0, 16),  # 64 warps
-        (1, 32, 0, 32),  # 32 blocks
-        (4, 64, 75_000, 3),  # shared memory
-        (12, 168, 227 << 10, 1),
+        (8, 106, 65_536, 1, 2),  # 4 warps of 112 x 32 registers per sub-partition
+        (8, 128, 0, 1, 2),
+        (8, 129, 0, 1, 1),
+        (4, 32, 0, 1, 16),  # 64 warps
+        (1, 32, 0, 0, 32),  # 32 blocks
+        (4, 64, 75_000, 1, 3),  # shared memory
+        (12, 168, 227 << 10, 2, 1),
+        (1, 32, 0, 2, 32),  # 64 barriers
+        (1, 32, 0, 3, 21),
+        (3, 60, 0, 16, 4),
     ],
 )
-def test_occupancy(warps, registers, shared_memory, expected):
-    assert occupancy.blocks_per_sm(warps, registers, shared_memory) == expected
+def test_occupancy(warps, registers, shared_memory, barriers, expected):
+    assert occupancy.blocks_per_sm(warps, registers, shared_memory, barriers) == expected
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [
+        ([], 0),
+        (["MEMBAR.ALL.CTA", "WARPGROUP.DEPBAR.LE gsb0, 0x0"], 0),
+        (["BAR.SYNC.DEFER_BLOCKING 0x0"], 1),
+        (["BAR.ARV 0x3, 0x40", "@P0 BAR.SYNC.DEFER_BLOCKING 0x1, 0x100"], 4),
+        (["BAR.SYNC.DEFER_BLOCKING 0x0", "BAR.SYNC.DEFER_BLOCKING R5, 0x60"], 16),
+    ],
+)
+def test_a_barrier_that_a_register_names_reserves_all_of_a_block(instructions, expected):
+    lines = [f"/*{16 * i:04x}*/ {instruction} ;" for i, instruction in enumerate(instructions)]
+    assert sass.barriers(sass.parse("\n".join(lines))) == expected
+
+
+@pytest.mark.parametrize(("architecture", "allowed"), [("sm_90a", 2), ("sm_100", 2), ("sm_120", 1)])
+def test_more_barriers_than_an_sm_full_of_blocks_has_are_excess(architecture, allowed):
+    assert occupancy.excess_barriers(allowed, architecture) == []
+    assert f"{allowed + 1} barriers per block" in occupancy.excess_barriers(allowed + 1, architecture)[0]
 
 
 def test_a_block_that_does_not_fit_is_an_error():
     with pytest.raises(
         ValueError, match="no block fits on an SM because of its shared memory: 4 warps of 32 registers"
     ):
-        occupancy.blocks_per_sm(4, 32, 228 << 10)
+        occupancy.blocks_per_sm(4, 32, 228 << 10, 1)
 
 
 def test_work_is_distributed_as_the_hardware_or_turns_do():
@@ -278,6 +302,12 @@ def test_blocks_of_three_warps_that_are_resident_together_run_together():
     one, all_resident = (kernel_time.predict(kernel, work(132 * count), H200) for count in (1, 5))
     assert all_resident.resident == 5
     assert all_resident.seconds < 1.5 * one.seconds
+
+
+@pytest.mark.parametrize(("barrier", "resident"), [("0x1, 0x60", 10), ("R5, 0x60", 4)])
+def test_barriers_limit_the_resident_blocks_of_a_kernel(barrier, resident):
+    kernel = kernel_time.Kernel(listing([(f"BAR.SYNC.DEFER_BLOCKING {barrier}", Control(1)), EXIT]), 3, 60, 0)
+    assert kernel_time.predict(kernel, work(132), H200).resident == resident
 
 
 def test_a_path_with_too_few_matmuls_is_refused():

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from bench.sass_model import sass
+from bench.sass_model.occupancy import excess_barriers
 from bertfast.kernels import device
 
 SHARED_MEMORY_KIB = {80: 163, 90: 227, 100: 227, 120: 99}  # shared memory of a program in KiB, by architecture
@@ -52,6 +53,7 @@ class Compiled:
         tensor_core_instructions: Number of tensor core instructions.
         serialised: Codes of ptxas's warnings that it serialises wgmma.
         hazards: A line for each hazard of a pending wgmma.
+        barriers: Barriers that a block reserves.
     """
 
     triton: str
@@ -68,6 +70,7 @@ class Compiled:
     tensor_core_instructions: int
     serialised: list[str] = field(default_factory=list)
     hazards: list[str] = field(default_factory=list)
+    barriers: int = 0
 
     def faults(self) -> list[str]:
         """Return a line for each fault of the kernel."""
@@ -77,6 +80,7 @@ class Compiled:
         if self.serialised:
             found.append(f"ptxas serialises its wgmma ({', '.join(self.serialised)})")
         found += self.hazards
+        found += excess_barriers(self.barriers, f"sm_{self.architecture}")
         matmuls = self.kernel.startswith(("attention", "linear_gelu"))
         # wgmma multiplies 64 rows at a time; smaller blocks use the older instruction.
         wide = self.architecture == 90 and self.case.startswith("bf16") and int(self.shape.split(" ")[0]) >= 64
@@ -224,4 +228,5 @@ def _report(compiled: Any, log: str, options: dict[str, Any], architecture: int,
         tensor_core_instructions=matmul_count,
         serialised=serialised_wgmma(log),
         hazards=sass.wgmma_hazards(instructions),
+        barriers=sass.barriers(instructions),
     )

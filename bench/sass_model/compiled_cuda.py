@@ -4,8 +4,8 @@
 
 For each kernel of the native library the table has registers per thread, and the number of Hopper's instructions:
 wgmma (HGMMA) and loads by TMA (UTMALDG), which attention must contain on sm_90a. Spilled registers, serialised wgmma,
-instructions that touch registers of a pending wgmma, and a source that failed to build are faults here; all but the
-hazards cost an installation only speed or one operation.
+barriers that limit the blocks of an SM, instructions that touch registers of a pending wgmma, and a source that failed
+to build are faults here; all but the hazards cost an installation only speed or one operation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from bench.harness import RESULTS, origin, require_clean_tree
-from bench.sass_model import sass
+from bench.sass_model import occupancy, sass
 from bertfast.ops import cuda_build, native
 
 HOPPER = ("HGMMA", "UTMALDG")  # attention contains both
@@ -46,7 +46,8 @@ def main() -> int:
     counted = {key: instructions(lines) for key, lines in code.items()}
     names = readable({name for _, name in used})
     faults = faults_of_build(build, architectures, used)
-    faults += [f"{names.get(name, name)} on {arch}: {text}" for (arch, name), text in hazards(code)]
+    found = [*hazards(code), *excess_barriers(code)]
+    faults += [f"{names.get(name, name)} on {arch}: {text}" for (arch, name), text in found]
     lines = [
         f"Registers per thread by GPU architecture, and Hopper's instructions. nvcc {build.nvcc}. {origin()}",
         "",
@@ -122,6 +123,12 @@ def hazards(code: dict[Key, list[str]]) -> list[tuple[Key, str]]:
     """Return each hazard of a pending wgmma, and the kernel that has it."""
     with_wgmma = {key: "\n".join(listing) for key, listing in code.items() if any("HGMMA" in line for line in listing)}
     return [(key, text) for key, listing in with_wgmma.items() for text in sass.wgmma_hazards(sass.parse(listing))]
+
+
+def excess_barriers(code: dict[Key, list[str]]) -> list[tuple[Key, str]]:
+    """Return each kernel whose blocks reserve too many barriers, and a line that says so."""
+    used = {key: sass.barriers(sass.parse("\n".join(listing))) for key, listing in code.items()}
+    return [(key, text) for key, count in used.items() for text in occupancy.excess_barriers(count, key[0])]
 
 
 def cuobjdump(option: str, file: Path | None = None) -> list[str]:

@@ -35,9 +35,11 @@ class Gpu:
 H200 = Gpu("H200", 1.83e9, 4.3e12)
 H100 = Gpu("H100 SXM5", 1.83e9, 3.0e12)
 
-# Occupancy of an SM [P].
+# Occupancy of an SM [P]; the number of barriers is that of cudaOccMaxBlocksPerSMBlockBarrierLimit in cuda_occupancy.h
+# (CUDA 13.0): twice as many as blocks.
 MAX_WARPS = 64
 MAX_BLOCKS = 32
+BARRIERS = 2 * MAX_BLOCKS
 REGISTERS = 65_536
 REGISTER_UNIT = 256  # registers of a warp are allocated in multiples of it
 SHARED_MEMORY = 228 << 10

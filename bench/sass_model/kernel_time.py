@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.sass_model import constants, control_words, pipes
+from bench.sass_model import constants, control_words, pipes, sass
 from bench.sass_model.constants import Gpu
 from bench.sass_model.control_flow import Choice, ControlFlow
 from bench.sass_model.memory import Memory
@@ -101,7 +101,8 @@ def predict(kernel: Kernel, work: Work, gpu: Gpu) -> Prediction:
         ValueError: The listing has no control words, or an instruction that is not known, or the path does not end.
     """
     paths = [steps(kernel.listing, role) for role in work.roles or (work.choice,)]
-    resident = blocks_per_sm(kernel.warps, kernel.registers, kernel.shared_memory)
+    barriers = sass.barriers(sass.parse(kernel.listing))
+    resident = blocks_per_sm(kernel.warps, kernel.registers, kernel.shared_memory, barriers)
     of_sm = -(-work.blocks // gpu.sms)
     # A block has a warp on each sub-partition for every four of its warps. Smaller blocks are spread over them.
     parts = constants.SUB_PARTITIONS

@@ -19,6 +19,7 @@ _WITHOUT_DESTINATION = re.compile(
     r"(BAR|BRA|BSSY|BSYNC|CCTL|DEPBAR|ELECT|ERRBAR|EXIT|FENCE|FSETP|ISETP|LDGDEPBAR|LDGSTS|MEMBAR|NOP|PLOP3|R2P|R2UR"
     r"|REDUX|S2UR|ST|STG|STL|STS|STSM|SYNCS|VOTEU|WARPGROUP|WARPSYNC|U\w+)\b"
 )
+ALL_BARRIERS = 16  # of a block, numbered from 0
 _MAX_PENDING = 8  # groups that a wait can leave pending; bounds the states of a loop without a wait
 
 
@@ -34,6 +35,11 @@ class Instruction:
     @property
     def is_wgmma(self) -> bool:
         return self.opcode.startswith("HGMMA")
+
+    @property
+    def is_barrier(self) -> bool:
+        """Whether it synchronises, or arrives at, a barrier of the block."""
+        return self.opcode.startswith("BAR.")
 
     @property
     def ends_group(self) -> bool:
@@ -108,6 +114,15 @@ def parse(listing: str) -> list[Instruction]:
 def count(instructions: list[Instruction]) -> Counter[str]:
     """Return the number of instructions of each opcode, without modifiers."""
     return Counter(instruction.opcode.split(".")[0] for instruction in instructions)
+
+
+def barriers(instructions: list[Instruction]) -> int:
+    """Return how many barriers a block reserves on its SM: up to the last one that an instruction names.
+
+    If a register says which barrier it is, the assembler reserves all of them.
+    """
+    names = [instruction.operands.split(",")[0].strip() for instruction in instructions if instruction.is_barrier]
+    return max((int(name, 16) + 1 if name.startswith("0x") else ALL_BARRIERS for name in names), default=0)
 
 
 def wgmma_hazards(instructions: list[Instruction]) -> list[str]:

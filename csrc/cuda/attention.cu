@@ -203,7 +203,7 @@ class QueryConsumer {
     if (round == 0 && (tile + 1) * BLOCK > work.length) {
       zero_rows(memory_.v[stage], work.length - tile * BLOCK);
       fence_proxy();
-      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
+      named_barrier_sync<ALL_CONSUMERS>(CONSUMERS);
     }
     return stage;
   }

@@ -164,7 +164,7 @@ class KeyConsumer {
     if (key + BLOCK > work.length) {
       zero_rows(memory_.k[block.stage], work.length - key);
       fence_proxy();
-      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
+      named_barrier_sync<ALL_CONSUMERS>(CONSUMERS);
     }
     int step = plan.first_step;
     if constexpr (D == 128) {  // nothing overlaps: it would spill
@@ -210,7 +210,7 @@ class KeyConsumer {
     if (rows < ROWS) {
       zero_rows(q, rows), zero_rows(d_o, rows);
       fence_proxy();
-      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
+      named_barrier_sync<ALL_CONSUMERS>(CONSUMERS);
     }
     fence_wgmma(block.p, block.d_s);
     UNROLL_FOR (int depth = 0; depth < D; depth += 16)
@@ -244,7 +244,7 @@ class KeyConsumer {
       wgmma<Major::mn>(T{}, block.d_k, block.d_s_pairs[depth / 16], q.template slice<Major::mn>(depth), true);
     }
     if constexpr (Memory::FUSED) {
-      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // both consumers have shared d_s
+      named_barrier_sync<ALL_CONSUMERS>(CONSUMERS);  // both consumers have shared d_s
       fence_wgmma(block.d_q);
       UNROLL_FOR (int depth = 0; depth < BLOCK; depth += 16)
         wgmma<Major::mn, Major::mn>(T{}, block.d_q, memory_.d_s.template slice<Major::mn>(depth),
@@ -260,7 +260,7 @@ class KeyConsumer {
     if constexpr (Memory::FUSED) {
       keep_in_registers(block.d_q);
       add_to_queries(block.work, block.mask, a_.scale * dropout_mask_.scale(), block.key, step, block.d_q);
-      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);  // both have read d_s
+      named_barrier_sync<ALL_CONSUMERS>(CONSUMERS);  // both have read d_s
     }
   }
 

@@ -155,7 +155,7 @@ class QueryGradientConsumer {
     if (key + ROWS > mask.length) {
       zero_rows(memory_.k[stage], mask.length - key);
       fence_proxy();
-      named_barrier_sync(ALL_CONSUMERS, CONSUMERS);
+      named_barrier_sync<ALL_CONSUMERS>(CONSUMERS);
     }
     return stage;
   }

@@ -319,12 +319,15 @@ DEVICE void setmaxnreg_inc() { HOPPER("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n
 template <int REGISTERS>
 DEVICE void setmaxnreg_dec() { HOPPER("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
 
-// Named barrier 1 to 15 (0 is __syncthreads) of `threads` threads, a multiple of 32. `arrive` does not wait.
-DEVICE void named_barrier_sync(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+// Named barrier 1 to 15 (0 is __syncthreads) of `threads` threads, a multiple of 32. `arrive` does not wait. The number
+// is a constant because for one in a register a block would reserve all 16 barriers, of the 64 of an SM.
+template <int BARRIER>
+DEVICE void named_barrier_sync(int threads) {
+  asm volatile("bar.sync %0, %1;" ::"n"(BARRIER), "r"(threads) : "memory");
 }
-DEVICE void named_barrier_arrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+template <int BARRIER>
+DEVICE void named_barrier_arrive(int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"n"(BARRIER), "r"(threads) : "memory");
 }
 
 // True in exactly one thread of a full warp; which one is unspecified.

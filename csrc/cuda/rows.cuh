@@ -63,17 +63,17 @@ class Team {
   DEVICE void reduce_sum(Values&... values) const {
     UNROLL_FOR (int lanes = 16; lanes > 0; lanes /= 2) ((values += __shfl_xor_sync(~0u, values, lanes)), ...);
     if constexpr (WARPS > 1) {
-      SHARED_ARRAY(float, parts, 2 * BLOCK / 32);
-      const int warp = (int)threadIdx.x / 32, team = warp / WARPS;
-      named_barrier_sync(1 + team, THREADS);  // the previous call's parts have been read
+      static_assert(TEAMS == 1, "a team of several warps uses the block's barrier");
+      SHARED_ARRAY(float, parts, 2 * WARPS);
+      __syncthreads();  // the previous call's parts have been read
       int at = 0;
-      if (threadIdx.x % 32 == 0) ((parts[at++ * (BLOCK / 32) + warp] = values), ...);
-      named_barrier_sync(1 + team, THREADS);
-      const float* part = parts + team * WARPS;
+      if (threadIdx.x % 32 == 0) ((parts[at++ * WARPS + threadIdx.x / 32] = values), ...);
+      __syncthreads();
+      const float* part = parts;
       const auto add = [&](float& value) {
         value = 0;
         UNROLL_FOR (int i = 0; i < WARPS; ++i) value += part[i];
-        part += BLOCK / 32;
+        part += WARPS;
       };
       (add(values), ...);
     }

@@ -177,11 +177,13 @@ void setmaxnreg_dec() {
   setmaxnreg_inc<REGISTERS>();
 }
 
-inline void named_barrier_sync(int barrier, int threads) {
-  emulation::sync(emulation::named_barrier(barrier, threads), (uint32_t)threads, "named barrier", barrier);
+template <int BARRIER>
+void named_barrier_sync(int threads) {
+  emulation::sync(emulation::named_barrier(BARRIER, threads), (uint32_t)threads, "named barrier", BARRIER);
 }
-inline void named_barrier_arrive(int barrier, int threads) {
-  emulation::arrive(emulation::named_barrier(barrier, threads), (uint32_t)threads, "named barrier");
+template <int BARRIER>
+void named_barrier_arrive(int threads) {
+  emulation::arrive(emulation::named_barrier(BARRIER, threads), (uint32_t)threads, "named barrier");
 }
 
 // Which lane is elected is unspecified on a GPU, so the seed decides.

@@ -79,7 +79,7 @@ __global__ void matmul_kernel(const __grid_constant__ CUtensorMap a, const __gri
     const bool waits = !is(Mistake::no_wait_for_load) && (!is(Mistake::one_warp_waits_for_load) || threadIdx.x < 160);
     if (waits) wait(&memory.full[stage], is(Mistake::parity) ? 1 - parity : parity);
     if (is(Mistake::no_fence_proxy)) *(uint16_t*)memory.a[stage].at((int)threadIdx.x % 64, 0) = 0x3f80;
-    if (is(Mistake::barrier_thread_count_too_high)) named_barrier_sync(1, 160);
+    if (is(Mistake::barrier_thread_count_too_high)) named_barrier_sync<1>(160);
     if (!is(Mistake::no_wgmma_fence)) fence_wgmma(sums);
     for (int depth = 0; depth < DEPTH; depth += 16) {
       const uint64_t a_slice = memory.a[stage].slice<Major::k>(depth);

@@ -195,10 +195,10 @@ __global__ void transpose_kernel(const uint16_t* x, uint16_t* y) {
     copy_16(tile + offset, x + offset, lane % 16 == 15 ? 0 : 16);  // the last row as zeros
     commit_copies();
     wait_copies<0>();
-    named_barrier_arrive(3, 64);
+    named_barrier_arrive<3>(64);
     return;
   }
-  named_barrier_sync(3, 64);
+  named_barrier_sync<3>(64);
   uint32_t r[4];
   load_transposed(r, tile + offset);
   store_matrices(transposed + offset, {r[0], r[2], r[1], r[3]});
