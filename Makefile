@@ -156,7 +156,8 @@ test-all: test nvccs test-environments $(OLDER) $(NEWER) $(OLDER_HF) $(FIRST_HF_
 	$(BENCH).sass_model.compiled_kernels --architectures 90 --tests
 
 # Predicts the times of the GPU kernels on an H200 from their machine code; test-all fails if the page is not renewed.
-# CUDA_FILE=build/one-nvcc/bertfast/_C.abi3.so takes the CUDA C++ kernels from there, else they are those of the last time.
+# CUDA_FILE=build/one-nvcc/bertfast/_C.abi3.so takes the CUDA C++ kernels from there, else they are those of the last time;
+# docs/KERNELS.md says how to build that file.
 .PHONY: predictions
 predictions: $(LIBRARY)
 	$(BENCH).sass_model.predict $(if $(CUDA_FILE),--cuda $(CUDA_FILE)) --output bench/results/sass_model.md

@@ -10,7 +10,7 @@ from bench.sass_model.trace import Call
 from bench.sass_model.workloads import STEP, Workload
 
 FP32, BF16 = 4, 2
-LAYER_NORM = Time("add_layer_norm_forward", "768 columns, dropout", 64e-6)
+LAYER_NORM = Time("add_layer_norm_forward", "768 columns, dropout", 64e-6, bound="dram 99%")
 
 
 def kernel(name: str, operator: str = "", rows: int = 32_768, element: int = BF16, blocks: int = 1) -> Call:
@@ -67,6 +67,20 @@ def test_the_kernel_of_short_sequences_finds_nothing_in_long_ones():
     assert seconds(calls, BACKWARD, length=512)["attention_backward"] == pytest.approx(expected)
 
 
+def test_embeddings_read_tables_of_their_own_dtype_whatever_the_stream_is():
+    times = [Time("embeddings_forward", f"{cases.TABLES}, {dtype}", time) for dtype, time in (("bf16", 3), ("fp32", 5))]
+    assert seconds([kernel("embeddings_forward", element=FP32)], times, stream="bf16")["embeddings_forward"] == 5
+    assert seconds([kernel("embeddings_forward", element=BF16)], times, stream="bf16")["embeddings_forward"] == 3
+
+
+def test_the_loss_in_cuda_is_taken_where_it_is_faster():
+    names = ("cross_entropy", "cross_entropy_gradient")
+    calls = [kernel(name, "linear_cross_entropy_forward", rows=cases.CHUNK_ROWS) for name in names]
+    triton = [Time(name, cases.LOSS, 80e-6) for name in names]
+    cuda = [Time(f"{name}_kernel<BFloat16, true>", cases.LOSS, 60e-6, cuda=True) for name in ("loss", "gradient")]
+    assert seconds(calls, [*triton, *cuda], fastest=True)["linear_cross_entropy_forward"] == pytest.approx(120e-6)
+
+
 SUMS = [
     Time("sum_blocks", f"{cases.EQUAL_BLOCKS}, bf16", 10e-6),
     Time("sum_groups", f"{cases.WITHOUT}, bf16", 8e-6),
@@ -96,13 +110,14 @@ def test_a_kernel_without_a_prediction_is_an_error():
 
 def test_a_row_has_the_share_of_the_gemms_rate():
     calls = [Call("mm", "", False, 0, 0, gemm=(128 * 132, 768, 768)), kernel("add_layer_norm_forward")]
-    workload = Workload(STEP, "small", calls, flop=2 * 128 * 132 * 768 * 768)
-    cells = composed.row(workload, Prices([LAYER_NORM], workload, False, H200).parts(), "Triton")
+    workload = Workload(STEP, "small", calls, flop=4 * 128 * 132 * 768 * 768)  # twice those of the GEMM
+    cells = composed.row(Prices([LAYER_NORM], workload, False, H200), "Triton")
     gemm = 2e6 * 128 * 132 * 768 * 768 / constants.GEMM_FLOPS
     total = gemm + 64 + 2
-    assert cells[:4] == [STEP, "small, Triton", "Triton", "2"]
+    assert cells[:4] == [STEP, "small, Triton", f"{gemm / total:.0%}", "2"]
     assert [float(cell) for cell in cells[4:7]] == pytest.approx([gemm, 64, total], abs=0.05)
-    assert cells[8:] == ["2.0", f"{gemm / total:.0%}", f"add_layer_norm_forward {64 / total:.0%}"]
+    contents = f"add_layer_norm_forward 64: dram 99%; GEMMs {gemm:.0f}; others 2"
+    assert cells[8:] == ["2.0", f"{2 * gemm / total:.0%}", contents]
 
 
 def test_small_parts_of_a_step_are_summed():

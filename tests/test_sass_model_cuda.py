@@ -49,13 +49,33 @@ def test_kernels_are_read_from_libraries_and_cubins(monkeypatch, tmp_path, archi
 def test_kept_machine_code_is_what_the_model_reads(tmp_path):
     kept = [Code("rotary", CODE, 64, "rotary", 4, 128, {"ROWS": 64}), Code("delta_kernel<BFloat16, 64>", CODE, 40)]
     path = tmp_path / "kept.json.xz"
-    path.write_bytes(machine_code.pack(kept, {"nvcc": "13.0.88"}))
+    path.write_bytes(machine_code.pack(kept, {"nvcc": "13.0.88", "sources": "0123"}))
     triton, cuda = machine_code.unpack(path.read_bytes())
     assert control_words.parse(triton.listing) == control_words.parse(CODE)
     assert (triton.launch, triton.warps, triton.shared_memory, triton.options) == ("rotary", 4, 128, {"ROWS": 64})
     assert machine_code.read_cuda(path) == [cuda]
     assert machine_code.nvcc_version(path) == "13.0.88"
     assert machine_code.nvcc_version(tmp_path / "lone.cubin") == "unknown"
+    assert machine_code.kept_sources_hash(path) == "0123"
+    assert machine_code.kept_sources_hash(tmp_path / "lone.cubin") == machine_code.sources_hash()
+
+
+def test_changed_sources_have_another_hash_and_changed_comments_do_not(tmp_path):
+    file = tmp_path / "rows.cuh"
+    hashes = []
+    for text in ("int a = 1;  // one\n", "int a =\n  1;  // another comment\n", "int a = 2;  // one\n"):
+        file.write_text(text)
+        hashes.append(machine_code.sources_hash(tmp_path))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_kernels_without_a_row_are_named():
+    names = predict_program.absent_kernels([])
+    assert "delta_kernel<BFloat16, 64>" in names
+    assert "loss_kernel<BFloat16, true>" in names
+    assert "delta_kernel<BFloat16, 64>" not in predict_program.absent_kernels(
+        [row("delta_kernel<BFloat16, 64>", 1e-6, True)]
+    )
 
 
 def test_a_mask_is_avoided_if_a_path_leads_around_it():

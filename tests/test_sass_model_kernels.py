@@ -52,6 +52,8 @@ def test_a_page_that_is_not_renewed_is_found():
         "attention_forward, length 512: the page has 131.0 µs, this is 129.0"
     ]
     assert predict.differences(LINES, LINES[:3]) == ["both kernels, length 512: the page has no such row"]
+    assert predict.differences(LINES[:3], LINES) == []
+    assert predict.differences(LINES[:3], LINES, whole=True) == ["both kernels, length 512: only the page has this row"]
 
 
 def test_an_unknown_kernel_is_refused(monkeypatch, capsys):

@@ -33,12 +33,14 @@ class Time:
         case: Its case.
         seconds: Its time.
         cuda: Whether it is in CUDA C++.
+        bound: What bounds it.
     """
 
     kernel: str
     case: str
     seconds: float
     cuda: bool = False
+    bound: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Prices:
     def __init__(self, times: Iterable[Time], workload: Workload, fastest: bool, gpu: Gpu):
         self.workload, self.fastest, self.gpu = workload, fastest, gpu
         self.times = list(times)
-        self.of_case = {(time.kernel, time.case): time.seconds for time in self.times if not time.cuda}
+        self.of_case = {(time.kernel, time.case): time for time in self.times if not time.cuda}
 
     def parts(self) -> list[Part]:
         """Return what the workload consists of, the largest part first, the gaps between kernels included."""
@@ -90,6 +92,36 @@ class Prices:
         parts.append(Part(_GAPS, False, 0, launches * constants.GRAPH_GAP))
         return sorted(parts, key=lambda part: -part.seconds)
 
+    def contents(self, least: float = 0.05) -> str:
+        """Return the µs of each kernel and operator, the longest first, and what bounds the kernels.
+
+        Args:
+            least: Share of the whole below which times are summed as "others".
+        """
+        of_name: dict[tuple[str, str], float] = defaultdict(float)
+        for call in self.workload.calls:
+            if call.is_kernel:
+                of_name[call.name, self._bound(call)] += self._kernel_seconds(call)
+            else:
+                of_name[_GEMMS if call.gemm else call.name, ""] += library_time(call, self.gpu).seconds
+        of_name[_GAPS, ""] = next(part.seconds for part in self.parts() if part.name == _GAPS)
+        total = sum(of_name.values())
+        named = sorted((item for item in of_name.items() if item[1] >= least * total), key=lambda item: -item[1])
+        cells = [f"{name} {1e6 * seconds:,.0f}" + (f": {bound}" if bound else "") for (name, bound), seconds in named]
+        others = total - sum(seconds for _, seconds in named)
+        return "; ".join([*cells, f"others {1e6 * others:,.0f}"])
+
+    def _bound(self, call: Call) -> str:
+        """Return what bounds a kernel of this project; "" if it only finds out that it has nothing to do."""
+        if call.name in ("sum_blocks", "sum_groups"):
+            cases_of_sum = (cases.EQUAL_BLOCKS,) if call.name == "sum_blocks" else (cases.WITHOUT, cases.WITH)
+            found = [(call.name, f"{case}, {self._element(call.element)}") for case in cases_of_sum]
+        elif self.fastest and self._share_of_cuda(call.operator) < 1:
+            return "CUDA C++"
+        else:
+            found = [(call.name, self._case(call))]
+        return ", ".join(self.of_case[key].bound for key in found if key in self.of_case)
+
     def _kernel_seconds(self, call: Call) -> float:
         """Return the time of a launch of a kernel of this project."""
         if call.name in ("sum_blocks", "sum_groups"):
@@ -105,22 +137,22 @@ class Prices:
         """Return the time of a kernel with as many rows as its case has."""
         if call.name == "attention_backward_short" and self.workload.length > TILE:
             return self._idle_seconds(call.blocks)
-        return self._look_up(call.name, self._case(call.name))
+        return self._look_up(call.name, self._case(call))
 
     def _idle_seconds(self, blocks: int) -> float:
         """Return the time of blocks that find out, one after the other on each SM, that they have nothing to do."""
         cycles = constants.BLOCK_START + 2 * constants.L2_LATENCY  # two loads, one after the other
         return -(-blocks // self.gpu.sms) * cycles / self.gpu.clock
 
-    def _case(self, kernel: str) -> str:
+    def _case(self, call: Call) -> str:
         """Return the case of a kernel in this workload."""
-        stream = self.workload.stream
+        kernel, stream = call.name, self.workload.stream
         if kernel.startswith("attention"):
             return f"length {self.workload.length:,}, dropout"
         if kernel.startswith("add_layer_norm"):
             return f"{cases.HIDDEN} columns, " + ("fp32 stream, dropout" if stream == "fp32" else "dropout")
         if kernel.startswith("embeddings"):
-            return f"{cases.TABLES}, {self._element(4 if stream == 'fp32' else 2)}"
+            return f"{cases.TABLES}, {self._element(call.element)}"  # of the tables, whatever the stream is
         if kernel.startswith("cross_entropy"):
             return cases.LOSS
         return f"{cases.HIDDEN} columns" if kernel.startswith("gelu_layer_norm") else f"{4 * cases.HIDDEN:,} columns"
@@ -150,9 +182,9 @@ class Prices:
         Raises:
             ValueError: The table has no such row.
         """
-        if (seconds := self.of_case.get((kernel, case))) is None:
+        if (time := self.of_case.get((kernel, case))) is None:
             raise ValueError(f"the table has no row of {kernel}, {case}: add it to bench/sass_model/training_cases.py")
-        return seconds
+        return time.seconds
 
     def _share_of_cuda(self, operator: str) -> float:
         """Return the time of an operator in CUDA C++ relative to that in Triton; 1 if it is not faster or missing."""
@@ -160,10 +192,11 @@ class Prices:
         if any(kernel.startswith("sum_") for kernel in kernels):  # CUDA C++ has no sums by index
             return 1.0
         triton = sum(map(self._triton_seconds, kernels.values()))
+        of_operator = {self._case(kernel) for kernel in kernels.values()}
         cuda = sum(
             time.seconds
             for time in self.times
-            if time.cuda and time.case == self._case(operator) and _operator(time.kernel) == operator
+            if time.cuda and time.case in of_operator and _operator(time.kernel) == operator
         )
         return min(cuda / triton, 1.0) if cuda else 1.0
 
@@ -171,11 +204,14 @@ class Prices:
 def _operator(kernel: str) -> str:
     """Return the operator to which a kernel in CUDA C++ belongs, by its name with template arguments."""
     name = kernel.partition("<")[0].removesuffix("_kernel")
+    if name in ("loss", "gradient"):
+        return "linear_cross_entropy_forward"
     return "attention_backward" if name in ("delta", "attention_keys", "attention_queries") else name
 
 
 COLUMNS = (
-    "operation | case | kernels | launches | GEMMs | own kernels | µs | TFLOP/s | others | of 790 TFLOP/s | largest"
+    "operation | case | executed, of 790 | launches | GEMMs | own kernels | µs | TFLOP/s | others | of 790 TFLOP/s | "
+    "consists of"
 )
 
 _ABOUT = (
@@ -183,9 +219,12 @@ _ABOUT = (
     "project's kernels as above, all other operators at the bandwidth of a copy (at least {shortest:.0f} µs), and "
     "{gap:.0f} µs between kernels, as assumed of a CUDA graph; launched one by one, each takes the host about "
     "{eager:.0f} µs. None of these rates was measured. `fastest` takes the faster of Triton and CUDA C++ for each "
-    "operator. A step is one of BERT's base model with 32,768 tokens, dropout, 15 % masked tokens and AdamW, its "
-    "parameters in fp32; its FLOP are those of `bertfast/training/flops.py`. GEMMs, own kernels and others, which have "
-    "the gaps, too, are in µs."
+    "operator. **No option selects it: a model on a GPU runs Triton, and CUDA C++ runs where an operator is called "
+    'with `implementation="cuda"`.** A step is one of BERT\'s base model with 32,768 tokens, dropout, 15 % masked '
+    "tokens and AdamW, its parameters in fp32, which has an fp32 stream by default. TFLOP/s and their share of 790 are "
+    "of the FLOP of `bertfast/training/flops.py`, by which published steps are compared: all layers on all tokens. The "
+    "last layer computes the masked tokens only, so fewer are executed; `executed` is their share of 790 TFLOP/s. "
+    "GEMMs, own kernels and others, which have the gaps, too, are in µs; so is what each row consists of, from 5 % on."
 )
 
 
@@ -199,15 +238,16 @@ def section(times: Sequence[Time], found: Sequence[Workload], gpu: Gpu) -> list[
     steps = {}
     for workload in found:
         for fastest in (False, True) if workload.name == STEP else (False,):
-            parts = Prices(times, workload, fastest, gpu).parts()
-            lines.append("| " + " | ".join(row(workload, parts, "fastest" if fastest else "Triton")) + " |")
+            prices = Prices(times, workload, fastest, gpu)
+            lines.append("| " + " | ".join(row(prices, "fastest" if fastest else "Triton")) + " |")
             if workload.name == STEP and workload.stream == "fp32" and not fastest:
-                steps[f"length {workload.length}"] = parts
+                steps[f"length {workload.length}"] = prices.parts()
     return [*lines, *breakdown(steps)]
 
 
-def row(workload: Workload, parts: Sequence[Part], kernels: str) -> list[str]:
+def row(prices: Prices, kernels: str) -> list[str]:
     """Return the cells of a workload."""
+    workload, parts = prices.workload, prices.parts()
     total = sum(part.seconds for part in parts)
     gemms = sum(part.seconds for part in parts if part.name == _GEMMS)
     own = sum(part.seconds for part in parts if part.own)
@@ -215,7 +255,7 @@ def row(workload: Workload, parts: Sequence[Part], kernels: str) -> list[str]:
     return [
         workload.name,
         f"{workload.case}, {kernels}",
-        kernels,
+        f"{workload.executed / total / constants.GEMM_FLOPS:.0%}" if rate else "",
         f"{sum(part.launches for part in parts)}",
         f"{1e6 * gemms:.1f}",
         f"{1e6 * own:.1f}",
@@ -223,7 +263,7 @@ def row(workload: Workload, parts: Sequence[Part], kernels: str) -> list[str]:
         f"{rate / 1e12:.0f}" if rate else "",
         f"{1e6 * (total - gemms - own):.1f}",
         f"{rate / constants.GEMM_FLOPS:.0%}" if rate else "",
-        f"{parts[0].name} {parts[0].seconds / total:.0%}",
+        prices.contents(),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Every constant of the model of an SM, with its source. Change VERSION with any of them.
+"""Every constant of the model of an SM, with its source. Change VERSION with any on which a kernel's time depends.
 
 A prediction holds for one version: if a constant changes, `python -m bench.sass_model.predict` computes all of them
 again. Sources: [P] NVIDIA's CUDA C++ Programming Guide, tables of throughput and occupancy, compute capability 9.0;
@@ -94,7 +94,7 @@ L2_LATENCY = 262.0  # [M]
 DRAM_LATENCY = 479.0  # [M], without queueing
 L2_BYTES = 27.0  # per SM and cycle: 5.5 TB/s, as others measured on an H100 with 114 SMs [A]
 
-# Library operators and launches, see `library_time.py`.
+# Library operators and launches, see `library_time.py`. They change sums of kernels only, which VERSION does not cover.
 GEMM_FLOPS = 790e12  # bf16 GEMMs of an H200 with full waves, as bench/LOG.md assumes [A]
 GEMM_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85))  # rows, columns, share of GEMM_FLOPS [A]
 GEMM_SPLITS = 8  # at most as many blocks share a tile's sum over K, whose parts are added in fp32 [A]

@@ -4,8 +4,8 @@
 
 Each commit that renewed bench/results/sass_listings.json.xz has the machine code of its CUDA C++ kernels there, and the
 cases that belong to it. So its program predicts them again, after `constants.py` was replaced: nvcc is not needed, and
-Triton compiles its kernels as they were. A row has a kernel in a case and its predicted time at each of these commits;
-rows that never differ by more than 1 % are left out.
+Triton compiles its kernels as they were. The simulator is that of the commit, too. A row has a kernel in a case and its
+predicted time at each of these commits; rows that never differ by more than 1 % are left out.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def table(times: dict[str, dict[str, float]]) -> list[str]:
         "# Predictions of earlier commits, computed with the constants of today",
         "",
         f"By `python -m bench.sass_model.history`, constants of version {constants.VERSION}: µs on an H200, by the "
-        "commit whose machine code it is. What never changed by more than 1 % is left out. **Nothing here was "
-        "measured.**",
+        "commit whose machine code it is, with the simulator and the cases of that commit: what changes is the kernel "
+        "or a correction of these, see bench/LOG.md. What never changed by more than 1 % is left out. **Nothing here "
+        "was measured.**",
         "",
         f"| kernel, case | {' | '.join(times)} |",
         "|---" * (1 + len(times)) + "|",

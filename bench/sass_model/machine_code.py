@@ -6,15 +6,19 @@ read. So a prediction of an earlier commit can be computed with the constants of
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.harness import ROOT
 from bench.sass_model import compiled_cuda, control_words
 
+SOURCES = ROOT / "csrc" / "cuda"
 _ARCHITECTURES = ("sm_90a", "sm_90", "")  # the last one in a file for a single architecture
 
 
@@ -73,6 +77,22 @@ def pack(codes: Sequence[Code], origin: dict[str, Any]) -> bytes:
 def unpack(data: bytes) -> list[Code]:
     """Return the kernels that a file keeps."""
     return [Code(**kernel) for kernel in json.loads(lzma.decompress(data))["kernels"]]
+
+
+def sources_hash(folder: Path = SOURCES) -> str:
+    """Return a hash of the CUDA C++ sources, without comments at the end of a line and without white space."""
+    found = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        found.update(path.name.encode())
+        found.update(re.sub(r"//.*|\s+", "", path.read_text(encoding="utf-8")).encode())
+    return found.hexdigest()[:16]
+
+
+def kept_sources_hash(path: Path) -> str:
+    """Return the hash of the sources of the kernels in a file: the kept one, or that of today for what nvcc built."""
+    if path.suffix != ".xz":
+        return sources_hash()
+    return str(json.loads(lzma.decompress(path.read_bytes()))["origin"].get("sources", "")) if path.is_file() else ""
 
 
 def compact(listing: str) -> str:

@@ -6,7 +6,8 @@
 
 Triton's kernels are compiled. Those in CUDA C++ are read from FILE, which nvcc made: the native library, an object file
 or a cubin; by default from bench/results/sass_listings.json.xz, which `--output` writes next to the page. `--check`
-fails if a prediction differs from that of the page by more than 1 %. docs/KERNELS.md says what the model does.
+fails if a prediction differs from that of the page by more than 1 %, if a row is missing on either side, or if the CUDA
+C++ sources are no longer those of the file. docs/KERNELS.md says what the model does.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from bench.sass_model.constants import H200, VERSION
 from bench.sass_model.cuda_cases import BLOCK, STEP, cuda_cases
 from bench.sass_model.cuda_training_cases import cuda_training_cases
 from bench.sass_model.kernel_time import Kernel, Prediction, Work, predict
-from bench.sass_model.machine_code import Code, nvcc_version, pack, read_cuda
+from bench.sass_model.machine_code import Code, kept_sources_hash, nvcc_version, pack, read_cuda, sources_hash
 from bench.sass_model.mixed_lengths import Batch, predict_mixed, predict_persistent
 from bench.sass_model.training_cases import training_launches
 from bench.sass_model.workloads import workloads
@@ -89,18 +90,30 @@ def main() -> int:
     if not found:
         parser.error(f"no kernel is called {' or '.join(arguments.kernels)}: there are {', '.join(_names())}")
     lines, nvcc = table(found), nvcc_version(arguments.cuda)
-    if not arguments.kernels and not arguments.language:
-        times = [composed.Time(row.kernel, row.case, row.prediction.seconds, row.cuda) for row in found]
+    whole = not arguments.kernels and not arguments.language
+    if whole and (absent := absent_kernels(found)):
+        parser.error(
+            f"{arguments.cuda} has no kernel {', '.join(absent)}: pass --cuda with what nvcc built of all files"
+        )
+    if whole:
+        times = [
+            composed.Time(row.kernel, row.case, row.prediction.seconds, row.cuda, row.prediction.bound) for row in found
+        ]
         lines += composed.section(times, list(workloads()), H200)
-    text = "\n".join([*header(nvcc), *lines, *targets.section(lines)]) + "\n"
+    text = "\n".join([*header(nvcc), *lines, *targets.section(lines, targets.published_errors())]) + "\n"
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")
-        arguments.output.with_name(KEPT.name).write_bytes(pack(codes, {**origin(), "nvcc": nvcc}))
+        arguments.output.with_name(KEPT.name).write_bytes(
+            pack(codes, {**origin(), "nvcc": nvcc, "sources": kept_sources_hash(arguments.cuda)})
+        )
     elif not arguments.check:
         print(text)
     if arguments.check:
-        stale = differences(lines, PAGE.read_text(encoding="utf-8").splitlines() if PAGE.is_file() else [])
-        remedy = "run `python -m bench.sass_model.predict --output bench/results/sass_model.md`"
+        page = PAGE.read_text(encoding="utf-8").splitlines() if PAGE.is_file() else []
+        stale = differences(lines, page, whole)
+        if kept_sources_hash(arguments.cuda) != sources_hash():
+            stale.append(f"csrc/cuda has changed since {KEPT.name}: pass CUDA_FILE=… with what nvcc builds of it now")
+        remedy = "run `make predictions`, see docs/KERNELS.md"
         print("\n".join([*stale, remedy] if stale else [f"{PAGE.name} has the predictions of these kernels"]))
         return int(bool(stale))
     return 0
@@ -122,6 +135,13 @@ def _all_rows(kernels: list[str], language: str | None, cuda: Path) -> tuple[lis
         codes += [code for code in of_cuda if code.kernel in used]
         found += rows_of_cuda
     return codes, found
+
+
+def absent_kernels(found: Iterable[Row]) -> list[str]:
+    """Return the CUDA C++ kernels of the cases that have no row, each once."""
+    names = {row.kernel for row in found}
+    expected = [case.kernel for case in (*cuda_cases(), *cuda_training_cases())]
+    return [name for name in dict.fromkeys(expected) if name not in names]
 
 
 def _is_chosen(kernel: str, names: list[str]) -> bool:
@@ -236,10 +256,17 @@ def header(nvcc: str) -> list[str]:
     ]
 
 
-def differences(new: list[str], page: list[str]) -> list[str]:
-    """Return a line for each row whose predicted time the page lacks, or has differently by more than TOLERANCE."""
+def differences(new: list[str], page: list[str], whole: bool = False) -> list[str]:
+    """Return a line for each row whose predicted time the page lacks, or has differently by more than TOLERANCE.
+
+    Args:
+        new: Lines of the table.
+        page: Lines of the page.
+        whole: Whether `new` has all rows, so that another one of the page is out of date.
+    """
     old = {key: value for key, value in map(time_of_row, page) if key}
-    found = []
+    present = {key for key, _ in map(time_of_row, new)}
+    found = [f"{key}: only the page has this row" for key in old if whole and key not in present]
     for key, value in map(time_of_row, new):
         if not key:
             continue

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.sass_model.cases import TOKENS
+from bench.sass_model.cases import TOKENS, matmul_flop
 from bench.sass_model.trace import Call, recording
 from bench.sass_model.training_cases import HIDDEN, LENGTH, POSITIONS, VOCAB
 from bertfast import ops, preset_config
@@ -28,6 +28,7 @@ from bertfast.training.step import Objective, TrainStep
 STEP = "pre-training step"
 LOSS_ROWS = 5_000
 MASKED_SHARE = 0.15
+LAYERS = 12
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,11 @@ class Workload:
         name: What the table calls it.
         case: What the table says about its size.
         calls: What it launches.
-        flop: FLOP of its GEMMs and of attention, without what is computed twice; 0: it has none.
+        flop: FLOP of its GEMMs and of attention, without what is computed twice, as `training/flops.py` counts them:
+            of a step, as if the last layer computed all tokens; 0: it has none.
         length: Tokens of a sequence.
-        stream: Precision of the embeddings and of the residual stream, "fp32" or "bf16".
+        stream: Precision of the residual stream, "fp32" or "bf16".
+        attention: What `flop` has of attention, whose matmuls are not among the calls.
     """
 
     name: str
@@ -49,6 +52,16 @@ class Workload:
     flop: float = 0.0
     length: int = LENGTH
     stream: str = "bf16"
+    attention: float = 0.0
+
+    @property
+    def executed(self) -> float:
+        """FLOP of the recorded GEMMs and of attention: a step's last layer computes the masked tokens only."""
+        if not self.flop:
+            return 0.0
+        return self.attention + sum(
+            2.0 * call.gemm[0] * call.gemm[1] * call.gemm[2] for call in self.calls if call.gemm
+        )
 
 
 def workloads() -> Iterator[Workload]:
@@ -62,7 +75,8 @@ def workloads() -> Iterator[Workload]:
     for length in (128, 512):
         for stream in ("fp32", "bf16"):
             calls, flop = training_step(length, TOKENS, torch.bfloat16 if stream == "bf16" else None)
-            yield Workload(STEP, f"length {length}, {stream} stream", calls, flop, length, stream)
+            attention = 3 * LAYERS * matmul_flop(length, None) * 2
+            yield Workload(STEP, f"length {length}, {stream} stream", calls, flop, length, stream, attention)
 
 
 def _integers(*shape: int) -> Tensor:
@@ -95,7 +109,7 @@ def _linear_cross_entropy() -> list[Call]:
 
 
 def training_step(
-    length: int, tokens: int, residual_dtype: torch.dtype | None, layers: int = 12
+    length: int, tokens: int, residual_dtype: torch.dtype | None, layers: int = LAYERS
 ) -> tuple[list[Call], int]:
     """Return what a step of the base model launches, and its FLOP.
 
