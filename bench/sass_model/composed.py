@@ -92,7 +92,7 @@ class Prices:
         parts.append(Part(_GAPS, False, 0, launches * constants.GRAPH_GAP))
         return sorted(parts, key=lambda part: -part.seconds)
 
-    def contents(self, least: float = 0.05) -> str:
+    def contents(self, least: float = 0.04) -> str:
         """Return the µs of each kernel and operator, the longest first, and what bounds the kernels.
 
         Args:
@@ -224,7 +224,7 @@ _ABOUT = (
     "tokens and AdamW, its parameters in fp32, which has an fp32 stream by default. TFLOP/s and their share of 790 are "
     "of the FLOP of `bertfast/training/flops.py`, by which published steps are compared: all layers on all tokens. The "
     "last layer computes the masked tokens only, so fewer are executed; `executed` is their share of 790 TFLOP/s. "
-    "GEMMs, own kernels and others, which have the gaps, too, are in µs; so is what each row consists of, from 5 % on."
+    "GEMMs, own kernels and others, which have the gaps, too, are in µs; so is what each row consists of, from 4 % on."
 )
 
 

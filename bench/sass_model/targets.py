@@ -201,7 +201,8 @@ def _mixed_lines(rows: Mapping[tuple[str, str], list[str]]) -> Iterator[str]:
 def _executed_tflops(cells: Sequence[str], lengths: Sequence[int]) -> float:
     """Return the TFLOP/s of a row with the scores beyond the ends of sequences that fill up its tiles."""
     shape = re.match(r"(\d+) x (\d+),", cells[_SHAPE])
-    rows, columns = map(int, shape.groups()) if shape else (BLOCK, STEP)
+    of_cuda = BLOCK, STEP if "keys" in cells[0] else BLOCK  # the forward pass takes as many keys as queries
+    rows, columns = map(int, shape.groups()) if shape else of_cuda
     tiles = sum(ceil_div(length, rows) * ceil_div(length, columns) for length in lengths)
     return float(cells[_TFLOPS]) * tiles * rows * columns / sum(length**2 for length in lengths)
 
