@@ -37,8 +37,8 @@ def row_config(
 
     A kernel that is `summing` over rows keeps a sum of every column, so several warps share a row: one of three chunks,
     12 columns of a lane, if the width is in _THREE_CHUNKS (384 only in 16 bits), else one of a chunk whose lanes idle
-    beyond the row's end. maxnreg is set where registers are scarce: by default the compiler spills one or two registers to fit
-    more programs on an SM.
+    beyond the row's end. maxnreg is set where registers are scarce: by default the compiler spills one or two registers
+    to fit more programs on an SM.
 
     Args:
         columns: Columns of a row.
