@@ -67,7 +67,7 @@ def test_the_kernel_of_short_sequences_finds_nothing_in_long_ones():
     assert seconds(calls, BACKWARD, length=512)["attention_backward"] == pytest.approx(expected)
 
 
-def test_embeddings_read_tables_of_their_own_dtype_whatever_the_stream_is():
+def test_embeddings_read_tables_whose_dtype_is_not_that_of_the_stream():
     times = [Time("embeddings_forward", f"{cases.TABLES}, {dtype}", time) for dtype, time in (("bf16", 3), ("fp32", 5))]
     assert seconds([kernel("embeddings_forward", element=FP32)], times, stream="bf16")["embeddings_forward"] == 5
     assert seconds([kernel("embeddings_forward", element=BF16)], times, stream="bf16")["embeddings_forward"] == 3

@@ -152,7 +152,7 @@ class Prices:
         if kernel.startswith("add_layer_norm"):
             return f"{cases.HIDDEN} columns, " + ("fp32 stream, dropout" if stream == "fp32" else "dropout")
         if kernel.startswith("embeddings"):
-            return f"{cases.TABLES}, {self._element(call.element)}"  # of the tables, whatever the stream is
+            return f"{cases.TABLES}, {self._element(call.element)}"  # of the tables, not of the stream
         if kernel.startswith("cross_entropy"):
             return cases.LOSS
         return f"{cases.HIDDEN} columns" if kernel.startswith("gelu_layer_norm") else f"{4 * cases.HIDDEN:,} columns"
