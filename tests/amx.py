@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from bertfast.ops import native
+
 SOURCE = Path(__file__).parent / "emulation" / "amx.cpp"
 COMPILER = shutil.which("g++")
 IS_AVAILABLE = COMPILER is not None and platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
@@ -38,6 +40,19 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(build(Path(folder))))
     library.emulated_count.restype = ctypes.c_int64
     return library
+
+
+@cache
+def is_native() -> bool:
+    """Return whether this CPU has AMX, also if the instruction set in use is a narrower one, without tiles by default.
+
+    Not to be called first in `tiles()`, which allows them on every CPU.
+    """
+    in_use = native.instruction_set()
+    native.use_instruction_set(native.instruction_sets()[-1])
+    has_tiles: bool = torch.ops.bertfast.has_tiles()
+    native.use_instruction_set(in_use)
+    return has_tiles
 
 
 def executed() -> Counter[str]:
