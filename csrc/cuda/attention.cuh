@@ -1,6 +1,7 @@
 // Shared by attention's forward and backward pass: attention mask, dropout mask, loads and stores.
 //
-// A block has three warpgroups: one thread of the first is the producer, the other two are consumers of 64 rows of a
+// A block has three warpgroups: one thread of the first is the producer, and in the backward pass over keys two other
+// warps of it write the statistics of each step's queries; the second and third warpgroup are consumers of 64 rows of a
 // wgmma each. Blocks are persistent and iterate over work tiles: all queries of one head of a sequence if its keys fit
 // into shared memory, else BLOCK of them. The ring buffer of K/V tiles continues across work tiles, so that the next
 // work tile is loaded while one is computed.

@@ -29,6 +29,7 @@ struct KeyMemory {
   static constexpr int KEY_STAGES = OTHER_BYTES + 2 * KEY_BYTES + 2 * QUERY_BYTES <= (int)MAX_SHARED_BYTES ? 2 : 1;
   static constexpr int FITTING = ((int)MAX_SHARED_BYTES - OTHER_BYTES - KEY_STAGES * KEY_BYTES) / QUERY_BYTES;
   static constexpr int STAGES = FITTING < 4 ? FITTING : 4;
+  static_assert(STAGES >= 2, "the scores of the next step start before a step's stage is released");
   Tile<BLOCK, D> k[KEY_STAGES], v[KEY_STAGES];
   Tile<ROWS, D> q[STAGES], d_o[STAGES];
   Tile<BLOCK, ROWS> d_s;

@@ -9,6 +9,7 @@ namespace bertfast::cuda {
 template <int D>
 struct QueryMemory {
   static constexpr int STAGES = D == 128 ? 3 : 6;
+  static_assert(STAGES >= 2, "the scores of the next tile start before a tile's stage is released");
   Tile<ROWS, D> q[2], d_o[2], k[STAGES], v[STAGES];
   WorkRing work;
   uint64_t q_full, q_empty, full[STAGES], empty[STAGES];
