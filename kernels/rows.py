@@ -74,12 +74,14 @@ def _row_config(columns: int, element_size: int, summing: bool, warps_share_rows
 
 
 def summing_programs(tiles: int, device: torch.device, warps: int) -> int:
-    """Return the number of programs of a kernel that sums over rows: as many as are resident on the GPU.
+    """Return the number of programs of a kernel that sums over rows: as many as are resident on the GPU
+    with 128 registers per lane.
 
     Args:
         tiles: Number of tiles of rows; no program is without one.
         device: The GPU.
-        warps: Warps of a program. Its registers, 128 of a lane, leave room for _WARPS_PER_SM warps on an SM.
+        warps: Warps of a program. With up to 128 registers per lane, _WARPS_PER_SM warps fit on an SM; for most widths
+            above 1,024 columns a lane has more, and half of the programs wait for the others to end.
     """
     return max(min(tiles, max(_WARPS_PER_SM // warps, 1) * sm_count(device)), 1)
 
