@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +13,8 @@ from tyro.conf import Positional
 
 from bertfast.cli.compare import Comparison, TextSettings, open_both, outputs
 from bertfast.inference.int8_speed import log_int8_speed
-from bertfast.models.freeze import freeze
-from bertfast.models.quantize import quantize
+from bertfast.models.freeze import freeze, require_freezable
+from bertfast.models.quantize import FEW_TOKENS, quantise_model
 from bertfast.ops import native
 from bertfast.runtime.precision import choose_precision
 from bertfast.runtime.settings import counted
@@ -23,7 +24,8 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 QUANTITIES = ("outputs", "gradients", "frozen")
 # In int8, of the cosines between a text's vectors in int8 and in fp32: the smallest mean and first percentile.
 MEAN_COSINE, LOW_COSINE = 0.999, 0.99
-CALIBRATION_BATCHES = 1
+
+logger = logging.getLogger("bertfast")
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,17 @@ def _verify_int8(both: Comparison) -> None:
     """Print the cosines between the vectors of texts in int8 and in fp32: the mean of a text's token vectors."""
     choose_precision(both.batches[0]["input_ids"].device, "int8")  # raises where there is no int8
     model = copy.deepcopy(both.bertfast)
-    for name, why in quantize(model, both.batches[:CALIBRATION_BATCHES]).left.items():
+    require_freezable(model)
+    first = both.batches[0]
+    if (count := len(first["input_ids"].unique())) < FEW_TOKENS:
+        logger.warning(
+            "the first batch has only %d different tokens, too few to calibrate int8: give a file with more and longer "
+            "texts in --input-file",
+            count,
+        )
+    for name, why in quantise_model(model, {"the first batch": lambda: model(**first)}).left.items():
         print(f"{name}: {why}")
-    log_int8_speed(model, int(both.batches[0]["attention_mask"].sum()))
+    log_int8_speed(model, int(first["attention_mask"].sum()))
     cosines = torch.cat(
         [torch.cosine_similarity(_text_vectors(model, x), _text_vectors(both.hf, x)) for x in both.batches]
     )

@@ -100,8 +100,8 @@ def freeze_on_cpu(
             runs = {**runs, **random_tokens(model)}
         if count < FEW_TOKENS:
             logger.warning(
-                "the first %d inputs have only %d different tokens, so that int8 is calibrated on random tokens: begin "
-                "with typical texts, or give the folder of a model that bertfast.quantize has quantised with some",
+                "the first %d inputs have only %d different tokens, so that int8 is calibrated on random tokens, too: "
+                "begin with typical texts, or give the folder of a model that bertfast.quantize has calibrated on them",
                 len(rows),
                 count,
             )

@@ -38,7 +38,7 @@ def test_verify_passes_for_a_correct_model(folder, capsys):
     assert lines[-1].endswith("is as accurate in bertfast as in transformers, on 4 texts.")
 
 
-def test_verify_in_one_precision_and_in_int8(folder, capsys, monkeypatch):
+def test_verify_in_one_precision_and_in_int8(folder, capsys, caplog, monkeypatch):
     assert main(arguments(folder, "verify", "--precision", "fp32")) == 0
     assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[:-1]} == {"fp32"}
     assert main(arguments(folder, "verify", "--precision", "int8")) == 0
@@ -46,6 +46,11 @@ def test_verify_in_one_precision_and_in_int8(folder, capsys, monkeypatch):
     assert first.startswith("int8 cosine with fp32   mean ")
     assert first.endswith(" ok")
     assert last.endswith("keeps its accuracy in int8, on 4 texts.")
+    assert (
+        "different tokens, too few to calibrate int8: give a file with more and longer texts in --input-file"
+        in caplog.text
+    )
+    assert "leave it out" not in caplog.text
     monkeypatch.setattr("bertfast.cli.verify.MEAN_COSINE", 1.5)
     assert main(arguments(folder, "verify", "--precision", "int8")) == 1
     printed = capsys.readouterr()

@@ -175,7 +175,12 @@ def test_texts_of_few_tokens_are_calibrated_on_random_tokens_too(pretrained, tmp
         with caplog.at_level(logging.INFO, "bertfast"):
             found = embedded(pretrained, tmp_path / f"int8-{few}", str(tmp_path / "texts.txt"), "int8")
         assert ("calibrated on the first 32 inputs and random tokens" in caplog.text) == (few > 0)
-        assert caplog.text.count("the first 32 inputs have only 3 different tokens, so that int8 is calibrated") == 1
+        assert (
+            caplog.text.count(
+                "the first 32 inputs have only 3 different tokens, so that int8 is calibrated on random tokens, too"
+            )
+            == 1
+        )
         accuracy.append(torch.cosine_similarity(found, expected)[32:].mean())
     assert accuracy[0] > accuracy[1]
 
