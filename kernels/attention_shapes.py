@@ -7,13 +7,12 @@ Triton 3.8, with 4, 8 or 16 warps. The entries have not been tuned on a GPU.
 
 from functools import cache
 
-import triton
 from torch import Tensor
 
 from bertfast.kernels import device
+from bertfast.kernels.jit import TRITON_VERSION
 
 _ANY = 1 << 31
-_TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 # kernel: {head dimension: [(bound on the length, queries, keys, warps[, maxnreg]), …]}; the first entry with a
 # bound of at least max_seqlen_bound is used.
@@ -37,7 +36,7 @@ _HOPPER_DROPOUT: _Table = _HOPPER | {
     "forward": _HOPPER["forward"] | {64: [(32, 32, 32, 4), (128, 64, 64, 4, 128), (_ANY, 128, 64, 8, 128)]},
     "d_q": _HOPPER["d_q"] | {32: [(_ANY, 64, 64, 4)], 64: [(_ANY, 64, 64, 4)]},
 }
-if _TRITON >= (3, 8):  # 64 x 128 spills two registers there
+if TRITON_VERSION >= (3, 8):  # 64 x 128 spills two registers there
     _HOPPER_DROPOUT["d_kv"] = _HOPPER["d_kv"] | {64: [(_ANY, 32, 128, 8)]}
 _OTHER: _Table = {
     "forward": {

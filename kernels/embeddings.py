@@ -11,7 +11,7 @@ import triton.language as tl
 
 from bertfast.kernels.device import ceil_div
 from bertfast.kernels.dropout import hidden_factors
-from bertfast.kernels.jit import kernel
+from bertfast.kernels.jit import TRITON_VERSION, kernel
 from bertfast.kernels.operation import operation
 from bertfast.kernels.rows import (
     add,
@@ -177,7 +177,10 @@ def embeddings_backward(
     d_y = in_rows(d_y)
     tables = tuple(in_rows(table) for table in (word, token_type, position))
     tokens, hidden = d_y.shape
-    constants = row_config(hidden, d_y, *tables, summing=True)
+    in_fp32 = any(x.element_size() > 2 for x in (d_y, *tables))
+    # With 12 columns of a lane Triton 3.6 and 3.8 spill, and 3.7 does not.
+    spills = TRITON_VERSION != (3, 7) and in_fp32 and seed is not None
+    constants = row_config(hidden, d_y, *tables, summing=True, warps_share_rows=spills)
     programs = summing_programs(ceil_div(tokens, constants["ROWS"]), d_y.device, constants["num_warps"])
     # As in autograd: the dtype of the sum of the three embeddings, fp32 if any of them is.
     widest = torch.promote_types(torch.promote_types(word.dtype, position.dtype), token_type.dtype)

@@ -7,6 +7,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
 
 def kernel(function: Callable[..., None] | None = None, *, specialize: tuple[str, ...] = ()) -> Any:
     """Compile the decorated function as a Triton kernel that serves batches of all sizes.
