@@ -91,11 +91,12 @@ def open_both(name: str, settings: TextSettings) -> Comparison:
     tokenizer.enable_truncation(length, direction=truncation_side(tokenizer))
     padding = config.pad_token_id or 0
     tokenizer.enable_padding(pad_id=padding, pad_token=str(tokenizer.id_to_token(padding)))
+    # Before the texts, as those of installed packages take minutes to collect.
+    fused, missing, unexpected = load(model_class, folder, config)
+    report_differences(fused, name, missing, unexpected)
     batches = _batches(tokenizer, settings, device)
     if not has_token_types(config):
         batches = [{name: x for name, x in batch.items() if name != "token_type_ids"} for batch in batches]
-    fused, missing, unexpected = load(model_class, folder, config)
-    report_differences(fused, name, missing, unexpected)
     hf = getattr(transformers, model_class.__name__)(copy.deepcopy(config))
     hf.load_state_dict(fused.state_dict())
     hf.config.use_cache = False

@@ -18,6 +18,7 @@ from bertfast.data.text_files import STANDARD_INPUT, is_standard_input, read_arr
 from bertfast.inference.frozen import examples_to_begin, freeze_on_cpu, require_own_precision, uncaptured_buckets
 from bertfast.inference.text_rows import no_texts
 from bertfast.models.files import read_config, resolve
+from bertfast.models.quantised_config import is_quantised
 from bertfast.models.sentence_folder import encoder_folder
 from bertfast.runtime.cuda_graph import CapturableModel, GraphRunner, capture_for, side_stream
 from bertfast.runtime.precision import autocast, choose_device, choose_precision, require_finite
@@ -141,9 +142,10 @@ def open_finetuned(settings: TaskSettings) -> tuple[Task[Any], PreTrainedModel, 
     try:
         model, tokenizer = open_model(task.model_class, name, True, device, compute.precision)
     except MissingHeadError as error:
+        it = "the model from which it was quantised" if is_quantised(config) else "it"
         raise MissingHeadError(
-            f"{error}: fine-tune it with `bertfast finetune`, or measure a pre-trained model on text with "
-            "`bertfast evaluate --objective mlm`"
+            f"{error}: fine-tune {it} with `bertfast finetune`, or measure a pre-trained model on text with "
+            "`bertfast evaluate --objective mlm`" + (", which do not take int8 weights" if is_quantised(config) else "")
         ) from None
     task.set_config(config)
     return task, model, tokenizer
