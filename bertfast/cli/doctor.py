@@ -256,7 +256,7 @@ def _int8_instructions() -> str:
     """Name the instructions that multiply int8; AMX is used with many tokens only."""
     library = torch.ops.bertfast
     names = ["AMX"] * library.has_tiles() + ["VNNI"] * library.has_quad_instruction()
-    return f"int8 with {' and '.join(names)}" if names else "no dot products of int8"
+    return f"int8 with {' and '.join(names)}" if names else "int8 without dot products"
 
 
 def _gpu(device: torch.device) -> str:

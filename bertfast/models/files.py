@@ -126,6 +126,7 @@ def config_from(values: dict[str, Any], source: str | Path, kind: type[BertConfi
     """
     architecture = family_by_type(kind.model_type) or BERT
     check_entries(values, architecture, source)
+    is_quantised(values, str(source))  # raises ValueError if the entry for it is wrong
     try:
         config: BertConfig = kind.from_dict(values)
     except Exception as error:  # transformers' validation raises exceptions of many classes

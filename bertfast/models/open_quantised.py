@@ -25,6 +25,8 @@ from bertfast.models.weight_checks import check_loaded
 from bertfast.models.weights import CONFIG, config_path, variant_files
 
 _HUB = ("cache_dir", "revision", "token", "local_files_only")
+# Arguments of `from_pretrained` that stand for other weights, names of weights or kinds of quantisation.
+_OTHER_WEIGHTS = ("state_dict", "key_mapping", "quantization_config")
 # The folder in the report of transformers 5, and of 4, of missing weights if it was given weights without one.
 _UNNAMED = re.compile(r"(?<= from: )None(?=\n)|(?<= checkpoint at )None(?= )")
 
@@ -77,12 +79,13 @@ def open_quantised(
     Raises:
         FileNotFoundError: There are no weights, or none of the variant.
         TypeError: `config` is neither a configuration nor a path.
-        ValueError: The files are damaged, or do not belong together.
+        ValueError: The files are damaged or do not belong together, or the arguments are of other weights.
     """
     kwargs = {key: value for key, value in kwargs.items() if key not in (*_HUB, "subfolder", "force_download")}
     # As in transformers, "auto" is the dtype of the files; a configuration must not take it for its own.
     dtypes = [kwargs.pop(key, None) for key in ("dtype", "torch_dtype")]
     dtype = next((each for each in dtypes if each is not None), "auto")
+    _refuse_other_weights(folder, kwargs)
     config, kwargs = _config(folder, config_class, **kwargs)
     variant = kwargs.pop("variant", None)
     if variant is not None and not any((folder / name).exists() for name in variant_files(variant)):
@@ -112,6 +115,16 @@ def open_quantised(
     weights.clear()  # the model's own, which are freed when they are packed
     restore_quantised(model, quantised, str(folder))
     return (model, info) if returns_info else model
+
+
+def _refuse_other_weights(folder: Path, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if arguments of `from_pretrained` concern other weights than those of the folder."""
+    other = next((key for key in _OTHER_WEIGHTS if options.get(key) is not None), None)
+    if other is not None or options.get("use_safetensors") is False:
+        raise ValueError(
+            f"{folder} has the weights of an int8 model, which are opened as they are: leave "
+            f"{other or 'use_safetensors'} out, or open the model from which it was quantised"
+        )
 
 
 def _config(folder: Path, config_class: Any, config: Any = None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:

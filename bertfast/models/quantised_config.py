@@ -24,9 +24,13 @@ def is_quantised(config: Any, source: str = "config.json") -> bool:
         source: The file that it is from, for messages.
 
     Raises:
-        ValueError: It has weights of another kind than int8, or entries that are not known.
+        ValueError: Its entry is no object, has weights of another kind than int8, or entries that are not known.
     """
     entry = config.get(_ENTRY) if isinstance(config, dict) else getattr(config, _ENTRY, None)
+    if isinstance(config, dict) and not isinstance(entry, dict | None):
+        raise ValueError(
+            f"{source}: {_ENTRY} must be an object, got {entry!r:.40}: take the config.json that belongs to the weights"
+        )
     if not isinstance(entry, dict) or entry.get("library") != _QUANTISED["library"]:
         return False
     if entry.get("weights") != _QUANTISED["weights"]:

@@ -67,7 +67,7 @@ def has_quantised_weights(folder: Path) -> bool:
     """Return whether a folder has intact files of int8 weights, also if its `config.json` does not say so."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     try:
-        if whole.exists():
+        if whole.is_file():
             with safe_open(whole, framework="pt") as file:
                 names = [*file.keys()]
         else:

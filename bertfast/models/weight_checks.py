@@ -48,9 +48,9 @@ def _refuse_mismatched(
     model: PreTrainedModel, name: str, mismatched: Any, stored: Weights, fresh: tuple[str, ...], other_head: str
 ) -> None:
     """Raise ValueError if weights have other shapes than the model's."""
-    for entry in mismatched:
-        key = entry if isinstance(entry, str) else entry[0]  # transformers 5 adds the shapes
-        if not key.startswith(fresh):
+    keys = {entry if isinstance(entry, str) else entry[0] for entry in mismatched}  # transformers 5 adds the shapes
+    for key in model.state_dict():
+        if key in keys and not key.startswith(fresh):
             implied = list(model.get_parameter(key).shape)
             # Names in a checkpoint of the encoder alone lack the prefix of the model's, and the other way round.
             shape = next([*x.shape] for other, x in stored.items() if key.endswith(other) or other.endswith(key))
@@ -65,7 +65,8 @@ def _refuse_missing(
 ) -> None:
     """Raise ValueError if the checkpoint has no encoder, or lacks weights of it."""
     architecture = architecture_of(model.config)
-    if {key for key in model.state_dict() if f"{architecture.layers}." in key} <= {*missing}:
+    own = {key for key in model.state_dict() if f"{architecture.layers}." in key}
+    if own and own <= {*missing}:
         example = f"{architecture.layers}.0.{architecture.layer['output_dense']}.weight"
         raise ValueError(
             f"{name} has no weights of an encoder, such as {model.base_model_prefix}.{example}; it has "

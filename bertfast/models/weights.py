@@ -56,7 +56,7 @@ def read_weights(folder: Path, variant: str | None = None) -> Weights:
         ValueError: A file is damaged or holds other things than weights, or an index names a file outside the folder.
     """
     preferred = [] if variant is None else variant_files(variant)
-    path = next((folder / name for name in (*preferred, *_FILES) if (folder / name).exists()), None)
+    path = next((folder / name for name in (*preferred, *_FILES) if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} holds no weights: {_what_else(folder)}")
     stored = _read_shards(path) if path.suffix == ".json" else _read_file(path)

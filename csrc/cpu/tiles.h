@@ -33,7 +33,7 @@ struct alignas(64) TileConfiguration {
 static_assert(sizeof(TileConfiguration) == 64);
 
 // The tile registers of the calling thread, usable while this exists; nothing for other operands. A thread that did not
-// release them would have 8 KiB more to save whenever it is interrupted.
+// release them would have 8 KiB more to save at each context switch.
 template <class F>
 struct TileRegisters {};
 

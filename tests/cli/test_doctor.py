@@ -45,7 +45,7 @@ def test_the_report_names_the_library_and_the_implementation_of_each_operator(re
 @pytest.mark.parametrize(
     ("tiles", "quads", "text"),
     [
-        (False, False, "no dot products of int8"),
+        (False, False, "int8 without dot products"),
         (False, True, "int8 with VNNI"),
         (True, False, "int8 with AMX"),
         (True, True, "int8 with AMX and VNNI"),

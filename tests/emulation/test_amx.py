@@ -1,4 +1,4 @@
-"""The emulation of AMX refuses what a CPU refuses."""
+"""The emulation of AMX refuses instructions that a CPU refuses, and some more."""
 
 import signal
 import subprocess

@@ -111,6 +111,10 @@ DAMAGED_CONFIGS = {
         {"quantization_config": {"library": "bertfast", "weights": "int4"}},
         "quantization_config has weights 'int4', and this version of bertfast opens 'int8': install a later version",
     ),
+    "no object": (
+        {"quantization_config": "int8"},
+        f"config.json: quantization_config must be an object, got 'int8'{BELONGS}",
+    ),
     "unknown entry": (
         {"quantization_config": {"library": "bertfast", "weights": "int8", "group_size": 32}},
         "quantization_config has an entry 'group_size', which this version of bertfast does not know: install a later",
@@ -173,6 +177,31 @@ def test_damaged_files_are_refused(change, message, open_model, folder):
     change(folder / "model.safetensors")
     with refuses(folder, message):
         open_model(folder)
+
+
+def test_a_folder_in_place_of_the_weights_is_none(open_model, folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{re.escape(str(folder))} holds no weights: "):
+        open_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("state_dict", {}), ("key_mapping", {"a": "b"}), ("quantization_config", {}), ("use_safetensors", False)],
+)
+@pytest.mark.parametrize("kind", [bertfast.AutoModel, bertfast.BertForSequenceClassification])
+def test_arguments_of_other_weights_are_refused(kind, name, value, folder):
+    with refuses(folder, f"which are opened as they are: leave {name} out, or open the model from which"):
+        kind.from_pretrained(folder, **{name: value})
+
+
+def test_a_configuration_without_layers_is_refused(open_model, folder):
+    change_config(folder, num_hidden_layers=0)
+    with refuses(folder, ""):
+        open_model(folder)
+    with refuses(folder, "its config.json does not describe, bert.encoder.layer.0."):
+        bertfast.AutoModel.from_pretrained(folder)
 
 
 def test_int8_in_the_configuration_alone_is_refused(open_model, folder):
