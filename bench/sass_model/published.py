@@ -28,6 +28,8 @@ from bench.sass_model.constants import H100, VERSION
 from bench.sass_model.control_flow import Choice
 from bench.sass_model.kernel_time import Kernel, Prediction, Work, predict
 
+PAGE = RESULTS / "sass_model_published.md"
+
 TOKENS, HIDDEN, HALF = 16_384, 2_048, 2
 # TFLOP/s by head dimension and length.
 PUBLISHED = {

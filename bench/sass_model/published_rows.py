@@ -27,6 +27,8 @@ from bench.sass_model.constants import H100, VERSION
 from bench.sass_model.control_flow import Choice
 from bench.sass_model.kernel_time import Kernel, Prediction, Work, predict
 
+PAGE = RESULTS / "sass_model_published_rows.md"
+
 ROWS, HALF, SINGLE = 32_768, 2, 4
 PUBLISHED = {512: 2300, 1024: 2580, 2048: 2760, 4096: 2900}  # GB/s by width
 FITTED = (1024, 4096)  # chosen before any width was compared

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.harness import RESULTS
+from bench.sass_model import published, published_rows
 from bench.sass_model.cases import MIXED, ceil_div
 from bench.sass_model.cuda_cases import BLOCK, STEP
 from bench.sass_model.training_cases import LOSS, TABLES
 
 _SHAPE, _TFLOPS, _SHARE, _TIME, _BOUND = 2, 7, 9, 6, 10  # columns of the table
 _MATMULS, _ROWS = "matmuls", "rows"  # what the published kernels are
-_PAGES = {_MATMULS: RESULTS / "sass_model_published.md", _ROWS: RESULTS / "sass_model_published_rows.md"}
+_PAGES = {_MATMULS: published.PAGE, _ROWS: published_rows.PAGE}
 
 
 @dataclass(frozen=True)
