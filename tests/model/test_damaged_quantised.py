@@ -201,7 +201,7 @@ def test_a_configuration_without_layers_is_refused(open_model, folder):
     with refuses(folder, ""):
         open_model(folder)
     with refuses(folder, "its config.json does not describe, bert.encoder.layer.0."):
-        bertfast.AutoModel.from_pretrained(folder)
+        bertfast.AutoModelForSequenceClassification.from_pretrained(folder)
 
 
 def test_int8_in_the_configuration_alone_is_refused(open_model, folder):
