@@ -18,6 +18,7 @@ from bertfast.models.quantised_config import is_quantised
 from bertfast.models.quantize import FEW_TOKENS, Runs, quantise_model, random_tokens
 from bertfast.ops import matmul, native
 from bertfast.runtime.precision import InferencePrecision, autocast, choose_precision, half
+from bertfast.runtime.settings import counted
 from bertfast.tasks.features import Buckets, Features, ModelInputs
 
 logger = logging.getLogger("bertfast")
@@ -94,16 +95,17 @@ def freeze_on_cpu(
     if precision == "int8":
         rows = np.arange(min(CALIBRATION_EXAMPLES, len(features)))
         inputs = features.model_inputs(rows, labels=False)
-        runs: Runs = {f"the first {len(rows)} inputs": lambda: run(inputs)}
+        first = f"the first {counted(len(rows), 'input')}"
+        runs: Runs = {first: lambda: run(inputs)}
         count = len(inputs.arguments["input_ids"].unique())
         if count < _FEW_TOKENS:
             runs = {**runs, **random_tokens(model)}
         if count < FEW_TOKENS:
             logger.warning(
-                "the first %d inputs have only %d different tokens, so that int8 is calibrated on random tokens, too: "
-                "begin with typical texts, or give the folder of a model that bertfast.quantize has calibrated on them",
-                len(rows),
-                count,
+                "there are only %s in %s, so that int8 is calibrated on random tokens, too: begin with typical texts, "
+                "or give the folder of a model that bertfast.quantize has calibrated on them",
+                counted(count, "different token"),
+                first,
             )
         report = quantise_model(model, runs)
         logger.info("%s runs in int8, calibrated on %s", model.name_or_path, " and ".join(runs))
