@@ -1,6 +1,6 @@
 // A launch: runs block after block, and in each the runnable threads, in order or shuffled; asynchronous operations
-// complete when no thread can run. If threads are shuffled, one warp after another is slow: it runs when all others wait
-// for it, so that they get ahead where nothing makes them wait. Every detected mistake ends the launch with a
+// complete when no thread can run. If threads are shuffled, one warp after another is slow: it runs when all others
+// wait for it, so that they get ahead where nothing makes them wait. Every detected mistake ends the launch with a
 // std::runtime_error.
 #pragma once
 #include <setjmp.h>
