@@ -158,7 +158,7 @@ def _forward(length: int, window: int | None = None, heads: int = HEADS) -> Call
         blocks = TOKENS // length * ceil_div(length, rows) * heads
         loads = blocks * (rows + 2 * _attended(rows, step, length, window)) * _row_bytes(heads)
         choice = _over_keys(rows, step, length, window, options["SPLIT"])
-        return Work(blocks, choice, flop, 3 * UNIT, UNIT + SINGLE * TOKENS * heads, loads)
+        return Work(blocks, choice, flop, 3 * UNIT, UNIT + _statistic_bytes(heads), loads)
 
     return work
 
@@ -185,6 +185,11 @@ def _row_bytes(heads: int) -> int:
     return HEADS * HEAD_DIMENSION // heads * HALF
 
 
+def _statistic_bytes(heads: int) -> int:
+    """Return the bytes of the log-sum-exp, or of delta, with so many heads."""
+    return STATISTIC * heads // HEADS
+
+
 def _d_q(length: int, window: int | None = None, heads: int = HEADS) -> Callable[[Options], Work]:
     flop = 3 * matmul_flop(length, window)
 
@@ -192,7 +197,7 @@ def _d_q(length: int, window: int | None = None, heads: int = HEADS) -> Callable
         rows, step = options["BLOCK_M"], options["BLOCK_N"]
         blocks = TOKENS // length * ceil_div(length, rows) * heads
         loads = blocks * (3 * rows + 2 * _attended(rows, step, length, window)) * _row_bytes(heads)
-        choice, statistic = _over_keys(rows, step, length, window, options["SPLIT"]), SINGLE * TOKENS * heads
+        choice, statistic = _over_keys(rows, step, length, window, options["SPLIT"]), _statistic_bytes(heads)
         return Work(blocks, choice, flop, 5 * UNIT + statistic, UNIT + statistic, loads)
 
     return work
@@ -206,7 +211,7 @@ def _d_kv(length: int, window: int | None = None, heads: int = HEADS) -> Callabl
         blocks = TOKENS // length * ceil_div(length, keys) * heads
         queries = ceil_div(_attended(keys, step, length, window), step)
         loads = blocks * (2 * keys + 2 * queries * step) * _row_bytes(heads)
-        reads = 4 * UNIT + 2 * SINGLE * TOKENS * heads
+        reads = 4 * UNIT + 2 * _statistic_bytes(heads)
         return Work(blocks, Choice({"matmul": queries}), flop, reads, 2 * UNIT, loads)
 
     return work

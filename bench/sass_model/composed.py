@@ -92,10 +92,11 @@ class Prices:
         parts.append(Part(_GAPS, False, 0, launches * constants.GRAPH_GAP))
         return sorted(parts, key=lambda part: -part.seconds)
 
-    def contents(self, least: float = 0.04) -> str:
+    def contents(self, parts: Iterable[Part], least: float = 0.04) -> str:
         """Return the µs of each kernel and operator, the longest first, and what bounds the kernels.
 
         Args:
+            parts: What `parts` returned.
             least: Share of the whole below which times are summed as "others".
         """
         of_name: dict[tuple[str, str], float] = defaultdict(float)
@@ -104,7 +105,7 @@ class Prices:
                 of_name[call.name, self._bound(call)] += self._kernel_seconds(call)
             else:
                 of_name[_GEMMS if call.gemm else call.name, ""] += library_time(call, self.gpu).seconds
-        of_name[_GAPS, ""] = next(part.seconds for part in self.parts() if part.name == _GAPS)
+        of_name[_GAPS, ""] = next(part.seconds for part in parts if part.name == _GAPS)
         total = sum(of_name.values())
         named = sorted((item for item in of_name.items() if item[1] >= least * total), key=lambda item: -item[1])
         cells = [f"{name} {1e6 * seconds:,.0f}" + (f": {bound}" if bound else "") for (name, bound), seconds in named]
@@ -263,7 +264,7 @@ def row(prices: Prices, kernels: str) -> list[str]:
         f"{rate / 1e12:.0f}" if rate else "",
         f"{1e6 * (total - gemms - own):.1f}",
         f"{rate / constants.GEMM_FLOPS:.0%}" if rate else "",
-        prices.contents(),
+        prices.contents(parts),
     ]
 
 

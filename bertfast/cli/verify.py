@@ -89,9 +89,9 @@ def _verify_int8(both: Comparison) -> None:
     first = both.batches[0]
     if (count := len(first["input_ids"].unique())) < FEW_TOKENS:
         logger.warning(
-            "the first batch has only %d different tokens, too few to calibrate int8: give a file with more and longer "
-            "texts in --input-file",
-            count,
+            "the first batch has only %s, too few to calibrate int8: give a file with more and longer texts in "
+            "--input-file",
+            counted(count, "different token"),
         )
     for name, why in quantise_model(model, {"the first batch": lambda: model(**first)}).left.items():
         print(f"{name}: {why}")

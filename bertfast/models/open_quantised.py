@@ -88,7 +88,7 @@ def open_quantised(
     _refuse_other_weights(folder, kwargs)
     config, kwargs = _config(folder, config_class, **kwargs)
     variant = kwargs.pop("variant", None)
-    if variant is not None and not any((folder / name).exists() for name in variant_files(variant)):
+    if variant is not None and not any((folder / name).is_file() for name in variant_files(variant)):
         raise FileNotFoundError(
             f"{folder} has no {variant_files(variant)[0]}: leave variant={variant!r} out, or name one that it has"
         )

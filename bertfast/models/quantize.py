@@ -26,6 +26,7 @@ from bertfast.models.patch import PatchReport, fusable_encoders, patch, require_
 from bertfast.models.quantised_config import mark
 from bertfast.models.registry import Fused, unfuse
 from bertfast.ops.packed_linear import PackedWeight, pack, quantise
+from bertfast.runtime.settings import counted
 
 ALPHA = 0.5  # exponent of SmoothQuant: both the activations and the weights of a channel get the same range
 _SMALLEST = 0.01  # of the mean over channels: what a maximum counts at least, as calibration may not reach a channel
@@ -85,10 +86,9 @@ def quantize(model: nn.Module, calibration: Sequence[Mapping[str, Any]] | None =
     ids = [*_input_ids(calibration)]
     if ids and (count := len(torch.cat(ids).unique())) < FEW_TOKENS:
         logger.warning(
-            "quantize: calibration has %d different token%s, too few to show the range of activations: give a few "
-            "dozen typical texts, or leave it out, for random tokens",
-            count,
-            "s" * (count != 1),
+            "quantize: calibration has %s, too few to show the range of activations: give a few dozen typical texts, "
+            "or leave it out, for random tokens",
+            counted(count, "different token"),
         )
     return result
 

@@ -53,7 +53,7 @@ def test_the_report_names_the_library_and_the_implementation_of_each_operator(re
 )
 def test_the_report_names_the_instructions_of_int8(tiles, quads, text, report):
     if quads and not torch.ops.bertfast.has_quad_instruction():
-        pytest.skip("this CPU has none")
+        pytest.skip("this CPU has no dot products of int8")
     torch.ops.bertfast.use_tiles(tiles)
     torch.ops.bertfast.use_quad_instruction(quads)
     try:

@@ -196,7 +196,7 @@ def test_a_part_of_large_batches_is_measured(caplog):
 
 def test_nothing_is_measured_with_dot_products_of_int8(pretrained, texts, tmp_path, caplog):
     if not torch.ops.bertfast.has_quad_instruction():
-        pytest.skip("this CPU has none")
+        pytest.skip("this CPU has no dot products of int8")
     with caplog.at_level(logging.INFO, "bertfast"):
         embedded(pretrained, tmp_path / "int8", texts, "int8")
     assert "dot products" not in caplog.text
