@@ -135,7 +135,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, help="precision of all runs (default: that of the recipe)")
     parser.add_argument("--name", help="name of a further run of bertfast, with the flags of --flags")
     parser.add_argument("--flags", help="flags of `bertfast pretrain`, as in --flags='--optimizer muon'")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # RUN may follow an option, which parse_args refuses before Python 3.13
     if unknown := [name for name in arguments.runs if name not in RECIPES]:
         parser.error(f"unknown run {', '.join(unknown)}: choose from {', '.join(RECIPES)}")
     if (arguments.name is None) != (arguments.flags is None):
