@@ -143,7 +143,7 @@ class QueryConsumer {
     float sums[D / 2] = {}, scores[BLOCK / 2];
     int tile = plan.first_tile;
     wait(&memory_.q_full[consumer_][rounds_ % 2], rounds_ / 2 % 2);
-    for (; tile < range.first; ++tile) release(plan, round, wait_for_tile(work, plan, round, tile));
+    for (; tile < range.first; ++tile) skip_tile(work, plan, round, tile);
     const auto start_scores = [&](int stage) {
       const auto& q = memory_.q[consumer_][rounds_ % 2];
       fence_wgmma(scores);
@@ -190,23 +190,40 @@ class QueryConsumer {
       wait_wgmma<0>(sums);
       release(plan, round, stage), ++tile;
     }
-    for (; tile < plan.end_tile; ++tile) release(plan, round, wait_for_tile(work, plan, round, tile));
+    for (; tile < plan.end_tile; ++tile) skip_tile(work, plan, round, tile);
     if (threadIdx.x % 32 == 0) arrive(&memory_.q_empty[consumer_][rounds_ % 2]);
     if (query < work.end) store(work, query, state, sums);
   }
 
-  // Wait until a tile of keys is in shared memory, and return its stage. In the first round both consumers zero the
-  // rows beyond the sequence's end.
+  // Wait until a tile of keys is in shared memory, and return its stage.
   DEVICE int wait_for_tile(const WorkTile& work, const ForwardPlan& plan, int round, int tile) {
-    const int use = tiles_ + tile - plan.first_tile, stage = uniform(use % Memory::STAGES);
-    wait(&memory_.full[stage], use / Memory::STAGES % 2);
+    const int stage = uniform(use_of(plan, tile) % Memory::STAGES);
+    wait_for_stage(work, plan, round, tile, stage);
+    return stage;
+  }
+
+  // Wait for a tile of keys that this consumer's queries do not attend to, and release it. A lane that is late would
+  // miss the phase of a stage that lane 0 releases and the producer fills again, and wait forever. Where a tile is
+  // read, lanes wait for each other in wgmma; here they do in the shuffle, which is after the wait for that reason. It
+  // also orders the wait for q before its release if there are no queries, because every plan has a tile.
+  DEVICE void skip_tile(const WorkTile& work, const ForwardPlan& plan, int round, int tile) {
+    const int stage = use_of(plan, tile) % Memory::STAGES;
+    wait_for_stage(work, plan, round, tile, stage);
+    release(plan, round, uniform(stage));
+  }
+
+  // Wait until a stage holds a tile of keys. In the first round both consumers zero the rows beyond the sequence's end.
+  DEVICE void wait_for_stage(const WorkTile& work, const ForwardPlan& plan, int round, int tile, int stage) {
+    wait(&memory_.full[stage], use_of(plan, tile) / Memory::STAGES % 2);
     if (round == 0 && (tile + 1) * BLOCK > work.length) {
       zero_rows(memory_.v[stage], work.length - tile * BLOCK);
       fence_proxy();
       named_barrier_sync<ALL_CONSUMERS>(CONSUMERS);
     }
-    return stage;
   }
+
+  // The number of tiles that this block loads before one of the plan's.
+  DEVICE int use_of(const ForwardPlan& plan, int tile) const { return tiles_ + tile - plan.first_tile; }
 
   // After the last round, let the producer overwrite a stage.
   DEVICE void release(const ForwardPlan& plan, int round, int stage) {

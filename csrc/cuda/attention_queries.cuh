@@ -109,7 +109,7 @@ class QueryGradientConsumer {
     const auto pack_gradients = [&] {
       UNROLL_FOR (int i = 0; i < ROWS / 4; ++i) pairs[i / 4][i % 4] = pack(T{}, d_s[2 * i], d_s[2 * i + 1]);
     };
-    for (; key < first; key += ROWS) release(wait_for_tile(mask, key));
+    for (; key < first; key += ROWS) skip_tile(mask, key);
     if (key < end) {
       int stage = wait_for_tile(mask, key);
       start_scores(stage, p, d_s);
@@ -130,7 +130,7 @@ class QueryGradientConsumer {
       wait_wgmma<0>(d_q);
       release(stage), key += ROWS;
     }
-    for (; key < last_key; key += ROWS) release(wait_for_tile(mask, key));
+    for (; key < last_key; key += ROWS) skip_tile(mask, key);
     if (threadIdx.x % 32 == 0) arrive(&memory_.q_empty);
     store_rows(d_q, factor, factor, work.length - query,
                (T*)a_.d_qkv + ((work.start + query) * 3 * a_.heads + work.head) * D, (int64_t)3 * a_.heads * D);
@@ -152,13 +152,27 @@ class QueryGradientConsumer {
   // Wait until the next tile of keys, from `key` on, is in shared memory, and return its stage.
   DEVICE int wait_for_tile(const AttentionMask& mask, int key) {
     const int stage = uniform(tiles_ % Memory::STAGES);
+    wait_for_stage(mask, key, stage);
+    return stage;
+  }
+
+  // Wait for the next tile of keys, which this consumer's queries do not attend to, and release it. The shuffle is
+  // after the wait, as in attention.cu: no lane releases a tile, or q if there are no queries, before all have waited
+  // for it.
+  DEVICE void skip_tile(const AttentionMask& mask, int key) {
+    const int stage = tiles_ % Memory::STAGES;
+    wait_for_stage(mask, key, stage);
+    release(uniform(stage));
+  }
+
+  // Wait until a stage holds the next tile of keys. Both consumers zero the rows beyond the sequence's end.
+  DEVICE void wait_for_stage(const AttentionMask& mask, int key, int stage) {
     wait(&memory_.full[stage], tiles_++ / Memory::STAGES % 2);
     if (key + ROWS > mask.length) {
       zero_rows(memory_.k[stage], mask.length - key);
       fence_proxy();
       named_barrier_sync<ALL_CONSUMERS>(CONSUMERS);
     }
-    return stage;
   }
 
   // Let the producer overwrite a stage.

@@ -1,7 +1,7 @@
 // A launch: runs block after block, and in each the runnable threads, in order or shuffled; asynchronous operations
-// complete when no thread can run. If threads are shuffled, one warp after another is slow: it runs when all others
-// wait for it, so that they get ahead where nothing makes them wait. Every detected mistake ends the launch with a
-// std::runtime_error.
+// complete when no thread can run. If threads are shuffled, one warp or thread after another is slow: it runs when all
+// others wait for it, so that they get ahead where nothing makes them wait. Every detected mistake ends the launch with
+// a std::runtime_error.
 #pragma once
 #include <setjmp.h>
 #include <signal.h>
@@ -46,14 +46,18 @@ inline void run_block() {
     start(fiber, (uint32_t)order.size());
     order.push_back((uint32_t)order.size());
   }
-  int slow = -1, rounds_without = 0;  // the slow warp, or for how many more rounds there is none
+  // Threads slow * slow_threads … (slow + 1) * slow_threads - 1 are slow, or none for some more rounds.
+  int slow = -1, slow_threads = 32, rounds_without = 0;
   for (size_t live = order.size(); live > 0;) {
     bool progress = false;
-    if (seed && slow < 0 && --rounds_without < 0) slow = (int)(random_bits() % (uint32_t)block->warps.size());
+    if (seed && slow < 0 && --rounds_without < 0) {
+      slow_threads = random_bits() % 2 ? 32 : 1;
+      slow = (int)(random_bits() % (uint32_t)order.size()) / slow_threads;
+    }
     if (seed) std::shuffle(order.begin(), order.end(), random_bits);
     for (const uint32_t number : order) {
       current = &block->fibers[number];
-      if (!current->can_run() || current->number / 32 == slow) continue;
+      if (!current->can_run() || current->number / slow_threads == slow) continue;
       to_current();
       if (!block->error.empty()) throw std::runtime_error(block->error);
       live -= current->done;

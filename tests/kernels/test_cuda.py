@@ -1,4 +1,6 @@
-"""Inputs that the CUDA C++ kernels do not support, or that are not aligned."""
+"""CUDA C++ only: inputs that its kernels do not support, or that are not aligned, and the order of threads."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +16,14 @@ SEQUENCES = Sequences.from_lengths([20, 40], device=DEVICE)
 
 def qkv(dtype=HIGHEST_PRECISION, heads=2, dimension=32):
     return normal(SEQUENCES.capacity, 3, heads, dimension, dtype=dtype, device=DEVICE).detach()
+
+
+def attention_and_gradient(x, sequences, table=None, window=None):
+    """Return the output of attention, and the gradient of the sum of its elements."""
+    bounds = sequences.cu_seqlens, sequences.sequence_ids, table, sequences.max_seqlen_bound
+    arguments = (*bounds, 0.1, False, window, None, 0, 0)
+    o, lse = operator(KERNELS, "attention_forward")(x, *arguments)
+    return o, operator(KERNELS, "attention_backward")(torch.ones_like(o), x, o, lse, *arguments)
 
 
 def rows(columns, dtype=torch.float32):
@@ -77,9 +87,7 @@ def test_without_sequences_cu_seqlens_is_not_read_past_its_end(max_seqlen_bound)
     if DEVICE.type == "cpu":
         starts = guarded(starts)
     x = normal(300, 3, 2, 32, dtype=HIGHEST_PRECISION, device=DEVICE).detach()
-    arguments = (starts, unused_slots.sequence_ids, None, max_seqlen_bound, 0.1, False, None, None, 0, 0)
-    o, lse = operator(KERNELS, "attention_forward")(x, *arguments)
-    d_x = operator(KERNELS, "attention_backward")(torch.ones_like(o), x, o, lse, *arguments)
+    o, d_x = attention_and_gradient(x, replace(unused_slots, cu_seqlens=starts))
     assert not o.any()
     assert not d_x.any()
 
@@ -88,13 +96,23 @@ def test_without_sequences_cu_seqlens_is_not_read_past_its_end(max_seqlen_bound)
 def test_results_do_not_depend_on_the_order_of_the_sequences(bound):
     sequences = Sequences.from_lengths([33, 20, 64, 0, 128], capacity=300, max_seqlen_bound=bound, device=DEVICE)
     x = normal(300, 3, 2, 32, dtype=HIGHEST_PRECISION, device=DEVICE).detach()
-
-    def results(table):
-        arguments = (sequences.cu_seqlens, sequences.sequence_ids, table, bound, 0.1, False, None, None, 0, 0)
-        o, lse = operator(KERNELS, "attention_forward")(x, *arguments)
-        return o, operator(KERNELS, "attention_backward")(torch.ones_like(o), x, o, lse, *arguments)
-
-    unordered = results(None)
+    unordered = attention_and_gradient(x, sequences)
     for table in (sequences.sequence_table, sequences.sequence_table.flip(0)[1:].contiguous()):
-        for result, expected in zip(results(table), unordered, strict=True):
+        for result, expected in zip(attention_and_gradient(x, sequences, table), unordered, strict=True):
             assert torch.equal(result, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dimension", [32, 64, 128])
+def test_results_do_not_depend_on_the_order_of_threads(head_dimension, monkeypatch):
+    """Each consumer skips tiles of keys, and as many tiles as there are stages follow before it needs new queries.
+
+    So the stage of a skipped tile is filled again while a thread that is late still waits for it.
+    """
+    sequences = Sequences.from_lengths([1000] * 2, max_seqlen_bound=1024, device=DEVICE)
+    x = normal(sequences.capacity, 3, 1, head_dimension, dtype=HIGHEST_PRECISION, device=DEVICE).detach()
+    expected = attention_and_gradient(x, sequences, window=300)
+    for seed in range(1, 13):
+        monkeypatch.setenv("BERTFAST_EMULATION_SEED", str(seed))
+        for result, first in zip(attention_and_gradient(x, sequences, window=300), expected, strict=True):
+            assert torch.equal(result, first)
