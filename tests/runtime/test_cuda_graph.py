@@ -5,6 +5,7 @@ what the host decided meanwhile is forgotten. Asking a tensor for its value is a
 """
 
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -119,19 +120,26 @@ KINDS = {
 }
 
 
-def replay_steps(monkeypatch) -> list:
-    """Make runs replay all steps but the first few; what they record is listed."""
-    recorded = []
+def listing(capture) -> tuple[list, Callable]:
+    """Return a list, and a function that captures by `capture` and appends to the list what it captures."""
+    captured = []
 
-    def record(function):
-        recorded.append(function)
-        return emulated_graph(function)
+    def listed(function):
+        captured.append(function)
+        return capture(function)
+
+    return captured, listed
+
+
+def replay_steps(monkeypatch) -> list:
+    """Make runs replay all steps but the first few; what they capture is listed."""
+    captured, capture = listing(emulated_graph)
 
     def recording(*arguments, **options):
-        return TrainStep(*arguments, **options | {"capture": record})
+        return TrainStep(*arguments, **options | {"capture": capture})
 
     monkeypatch.setattr(pretrain_model, "TrainStep", recording)
-    return recorded
+    return captured
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,9 +148,9 @@ def test_a_replayed_step_is_bitwise_identical(kind, data, tmp_path, monkeypatch,
         monkeypatch.setattr(train_step, "autocast", lambda *precision: nullcontext())
     settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind])
     pretrain(settings)
-    recorded = replay_steps(monkeypatch)
+    captured = replay_steps(monkeypatch)
     pretrain(settings.replace(output_dir=str(tmp_path / "replayed")))
-    assert len(recorded) == (3 if settings.batch.second_phase_length else 2)
+    assert len(captured) == (3 if settings.batch.second_phase_length else 2)
     assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
     assert_same_weights(tmp_path / "eager", tmp_path / "replayed")
 
@@ -220,12 +228,7 @@ class Inputs:
 
 
 def test_a_runner_captures_frequent_shapes_up_to_its_limit():
-    captured = []
-
-    def capture(function):
-        captured.append(function)
-        return emulated_graph(function)
-
+    captured, capture = listing(emulated_graph)
     runner = GraphRunner(lambda batch: batch.x * 2, torch.device("cpu"), capture, max_graphs=2)
     for call in range(WARMUP_CALLS + 4):
         for size in (1, 2, 3):
@@ -247,12 +250,7 @@ FINETUNING = [
 
 def capture_passes(monkeypatch, module, capture) -> list:
     """Make what `module` runs be captured by `capture`; what is captured is listed."""
-    captured = []
-
-    def listed(function):
-        captured.append(function)
-        return capture(function)
-
+    captured, listed = listing(capture)
     monkeypatch.setattr(module, "capture_for", lambda *arguments, **options: listed)
     return captured
 
@@ -352,10 +350,13 @@ def test_replayed_embeddings_are_bitwise_identical_with_eager(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no CUDA graphs")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_in_a_cuda_graph_is_bitwise_identical(kind, data, tmp_path):
+def test_a_step_in_a_cuda_graph_is_bitwise_identical(kind, data, tmp_path, monkeypatch):
     settings = settings_for(tmp_path / "eager", data, **SHORT | KINDS[kind] | {"device": "cuda", "cuda_graph": False})
     pretrain(settings)
     replayed = settings.replace(output_dir=str(tmp_path / "replayed"), cuda_graph=True)
+    captured, capture = listing(cuda_graph.cuda_graphs())
+    monkeypatch.setattr(pretrain_model, "cuda_graphs", lambda: capture)
     pretrain(replayed)
+    assert len(captured) == (3 if settings.batch.second_phase_length else 2)
     assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
     assert_same_weights(tmp_path / "eager", tmp_path / "replayed")
