@@ -8,7 +8,7 @@ import platform
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,8 +47,10 @@ class DoctorSettings(Settings):
     Attributes:
         device: Device such as "cpu" or "cuda:0". If not given: a GPU if one is available, and with `--check` the CPU as
             well.
-        check: Run every available kernel, forward and backward, and compare it with a float64 reference.
-        only: With `--check`, run only the checks whose line contains all of these words, such as attention D=64.
+        check: Run every available kernel, forward and backward, and compare it with a float64 reference, as far as the
+            time limit allows.
+        only: With `--check`, run only the checks whose line contains all of these words, such as attention D=64;
+            no-dropout selects those whose line has no dropout.
         seconds: With `--check`, time limit in seconds, after which no check starts. If not given: 55.
         json: Print one JSON object instead of text.
     """
@@ -87,18 +89,16 @@ def doctor(settings: DoctorSettings) -> int:
         The exit status: 1 if a check failed or raised an exception, else 0.
     """
     device = choose_device(settings.device)
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    environment = _environment(device, devices)
     if not settings.json:
-        print("\n".join(f"{name:11}{text}" for name, text in environment.items()), end="\n\n", flush=True)
+        print_environment(device)
         if settings.check:
             return _exit_status(_check(settings, device))
-        _print_dispatch(_dispatch(devices), _suggestions(device))
+        _print_dispatch(_dispatch(), _suggestions(device))
         return 0
     report = {
         "versions": versions(),
-        "environment": environment,
-        **asdict(_dispatch(devices)),
+        "environment": _environment(device),
+        **asdict(_dispatch()),
         "suggestions": _suggestions(device),
     }
     outcomes = _check(settings, device) if settings.check else []
@@ -106,6 +106,43 @@ def doctor(settings: DoctorSettings) -> int:
         report["checks"] = [asdict(outcome) for outcome in outcomes]
     print(json.dumps(report, indent=1))
     return _exit_status(outcomes)
+
+
+def print_environment(device: torch.device) -> None:
+    """Print what a bug report should say about the machine, and what training on the device would use."""
+    print("\n".join(f"{name:11}{text}" for name, text in _environment(device).items()), end="\n\n", flush=True)
+
+
+def run_checks(
+    devices: Sequence[torch.device], only: Sequence[str], seconds: float, *, printed: bool = True, timed: bool = True
+) -> list[self_test.Outcome]:
+    """Run the self-test.
+
+    Args:
+        devices: Devices whose kernels are checked.
+        only: As in `DoctorSettings`.
+        seconds: Time limit, after which no check starts.
+        printed: Print a table with a row per check, and a summary. The first columns of a row are printed before its
+            check starts, so that the last row names a check that hangs or crashes the process.
+        timed: Also time the kernels.
+
+    Returns:
+        The outcome of each check.
+
+    Raises:
+        ValueError: `only` selects no check.
+    """
+    events: Iterable[self_test.Outcome] = self_test.run(devices, only, seconds, timed=timed)
+    if printed:
+        events = _printing(events)
+    outcomes = [event for event in events if event.status != "running"]
+    if not outcomes:
+        raise ValueError(
+            f"no check contains all words of --only {' '.join(only)}: run without --only to list the checks"
+        )
+    if printed:
+        print("\n" + _verdict(outcomes), flush=True)
+    return outcomes
 
 
 def versions() -> dict[str, str | None]:
@@ -123,29 +160,32 @@ def versions() -> dict[str, str | None]:
 
 
 def _check(settings: DoctorSettings, device: torch.device) -> list[self_test.Outcome]:
-    """Run the self-test; without `--json`, print each outcome as it comes, and a summary."""
     devices = [device] if settings.device or device.type == "cpu" else [device, torch.device("cpu")]
-    outcomes: list[self_test.Outcome] = []
-    for outcome in self_test.run(devices, settings.only, settings.seconds or _SECONDS):
-        if not settings.json:
-            if not outcomes:
-                print(_HEADING)
-            print(_row(outcome), flush=True)
-        outcomes.append(outcome)
-    if not outcomes:
-        words = " ".join(settings.only)
-        raise ValueError(f"no check contains all words of --only {words}: run without --only to list the checks")
-    if not settings.json:
-        print("\n" + _verdict(outcomes))
-    return outcomes
+    return run_checks(devices, settings.only, settings.seconds or _SECONDS, printed=not settings.json)
+
+
+def _printing(events: Iterable[self_test.Outcome]) -> Iterator[self_test.Outcome]:
+    """Yield the outcomes, and print the row of each as far as it is known."""
+    printed = ""  # columns of the current row
+    for index, event in enumerate(events):
+        if index == 0:
+            print(_HEADING)
+        columns = _first_columns(event)
+        if event.status == "running":
+            print(columns, end="", flush=True)
+            printed = columns
+        else:
+            print((columns + _last_columns(event)).removeprefix(printed), flush=True)
+            printed = ""
+        yield event
 
 
 def _exit_status(outcomes: Sequence[self_test.Outcome]) -> int:
     return int(any(outcome.status in ("failed", "error") for outcome in outcomes))
 
 
-def _environment(device: torch.device, devices: list[torch.device]) -> dict[str, str]:
-    """Return what a bug report should say about the machine."""
+def _environment(device: torch.device) -> dict[str, str]:
+    """Return the lines of `print_environment` by their names."""
     packages = {name: found for name, found in versions().items() if name not in ("python", "nvcc_of_build")}
     return {
         "versions": ", ".join(f"{name} {found or 'not installed'}" for name, found in packages.items()),
@@ -154,11 +194,15 @@ def _environment(device: torch.device, devices: list[torch.device]) -> dict[str,
         "CPU": f"{processor()}; threads: {torch.get_num_threads()}, logical CPUs: {os.cpu_count()}",
         "library": _library(),
         **({} if native.UNAVAILABLE_REASON else {"CUDA C++": cuda_build.summary()}),
-        "GPUs": "; ".join(map(_gpu, devices[1:])) or "none",
+        "GPUs": "; ".join(map(_gpu, _gpus())) or "none",
         "driver": f"{driver_version() or 'none'}; torch was built for {_cuda_of_torch()}",
         "fp32 GEMM": _gemm_library(onednn_depth()),
         "training": f"on {device} in {_precision(device)}",
     }
+
+
+def _gpus() -> list[torch.device]:
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
 def _gemm_library(depth: int) -> str:
@@ -175,8 +219,12 @@ _HEADING = (
 )
 
 
-def _row(outcome: self_test.Outcome) -> str:
-    """Return a line of the table: errors are relative, times in microseconds."""
+def _first_columns(outcome: self_test.Outcome) -> str:
+    return f"{outcome.operator:21}{outcome.implementation:10}{outcome.precision:10}{outcome.shape:30}"
+
+
+def _last_columns(outcome: self_test.Outcome) -> str:
+    """Return what a check found: errors are relative, times in microseconds."""
     columns = [
         " " * width if value is None else f"{value:{width}{form}}"
         for value, width, form in (
@@ -187,19 +235,19 @@ def _row(outcome: self_test.Outcome) -> str:
         )
     ]
     result = outcome.status if outcome.status == "passed" else f"{outcome.status.upper()}: {outcome.message}"
-    kernels = f"{outcome.operator:21}{outcome.implementation:10}{outcome.precision:10}{outcome.shape:30}"
-    return kernels + "".join(columns) + f"  {result}"
+    return "".join(columns) + f"  {result}"
 
 
 def _verdict(outcomes: Sequence[self_test.Outcome]) -> str:
-    """Return a summary: how many checks passed, and which ones did not."""
+    """Return a summary: the checks that failed, and in the last line how many passed."""
     count = Counter(outcome.status for outcome in outcomes)
-    lines = [f"{count['passed']} of {len(outcomes)} checks passed, {count['not reached']} were not reached."]
     failed = [outcome for outcome in outcomes if outcome.status in ("failed", "error")]
+    lines = []
     if failed:
         lines.append(f"{len(failed)} failed; please report them with all of this output:")
         lines += [f"  {outcome.label}: {outcome.status}: {outcome.message}" for outcome in failed]
-    return "\n".join(lines)
+    counts = f"{count['passed']} of {len(outcomes)} checks passed, {count['not reached']} were not reached."
+    return "\n".join([*lines, counts])
 
 
 def _suggestions(device: torch.device) -> list[str]:
@@ -273,10 +321,10 @@ def _precision(device: torch.device) -> str:
     return f"{chosen}: the faster one on this CPU, as measured" if is_measured else chosen
 
 
-def _dispatch(devices: list[torch.device]) -> Dispatch:
+def _dispatch() -> Dispatch:
     columns = {
         f"{device} {name}": torch.empty(0, dtype=dtype, device=device)
-        for device in devices
+        for device in [torch.device("cpu"), *_gpus()]
         for name, dtype in _DTYPES.items()
     }
     reasons = {

@@ -44,7 +44,8 @@ class Outcome:
 
     Attributes:
         operator, implementation, precision, shape, device: What was checked.
-        status: "passed", "failed" (the error is too large), "error" (an exception) or "not reached".
+        status: "passed", "failed" (the error is too large), "error" (an exception), "not reached", or "running" (the
+            check starts now, and another outcome follows).
         error, allowed: Error and largest allowed error of the tensor with the largest ratio of the two, relative to the
             norm of its true value; None if nothing was compared.
         forward_us, backward_us: Median wall time of a call in microseconds, launch included; None if not measured.
@@ -78,8 +79,10 @@ class _Check:
 
     @property
     def words(self) -> set[str]:
-        """Return the words of its line by which `--only` selects it."""
-        return {self.problem.operator, self.implementation, self.precision, *self.problem.shape.split()}
+        """Return the words by which `--only` selects it: those of its line, and no-dropout if it has no dropout."""
+        problem = self.problem
+        words = {problem.operator, self.implementation, self.precision, *problem.shape.split()}
+        return words if "dropout" in words else words | {"no-dropout"}
 
     def outcome(self, status: str, **values: Any) -> Outcome:
         problem = self.problem
@@ -113,13 +116,18 @@ def error_and_allowed(
     return float(error), float(factor * baseline_error + ULPS * torch.finfo(dtype).eps * largest)
 
 
-def run(devices: Sequence[torch.device], only: Sequence[str], budget: float) -> Iterator[Outcome]:
+def run(
+    devices: Sequence[torch.device], only: Sequence[str], budget: float, *, timed: bool = True
+) -> Iterator[Outcome]:
     """Yield the outcome of each check, the most informative first; those beyond the time limit come last.
+
+    Before a check starts, an outcome with the status "running" is yielded.
 
     Args:
         devices: Devices whose kernels are checked, one after the other.
         only: Words that a check's line must all contain ("triton", "D=64", …); empty: all checks.
         budget: Time limit in seconds: no check starts that is expected to end later.
+        timed: Whether the kernels are also timed.
     """
     started, longest = time.monotonic(), 0.0
     stopped = ""
@@ -132,7 +140,7 @@ def run(devices: Sequence[torch.device], only: Sequence[str], budget: float) -> 
                 yield from (check.outcome("not reached", message=stopped) for check in group)
                 continue
             before = time.monotonic()
-            for outcome in _run_group(group):
+            for outcome in _run_group(group, timed):
                 yield outcome
                 if outcome.status == "error" and _is_poisoned(device):
                     stopped = "an earlier CUDA error made the GPU unusable for this process; run it in a new process"
@@ -173,9 +181,10 @@ def _is_available(implementation: Implementation, operator: str, x: Tensor) -> b
     return unsupported_reason(implementation, "bias_gelu" if operator == "linear_gelu" else operator, x) is None
 
 
-def _run_group(group: list[_Check]) -> Iterator[Outcome]:
+def _run_group(group: list[_Check], timed: bool) -> Iterator[Outcome]:
     problem, precision, device = group[0].problem, group[0].precision, group[0].device
     first, others = PRECISIONS[precision]
+    yield group[0].outcome("running")  # the reference, which all of them need, is part of the first check
     try:
         inputs = [x.to(others if index else first) for index, x in enumerate(problem.inputs)]
         truth = _results(problem, "reference", [x.double() for x in inputs])
@@ -183,15 +192,17 @@ def _run_group(group: list[_Check]) -> Iterator[Outcome]:
     except Exception as error:
         yield from (check.outcome("error", message=f"in the reference: {_one_line(error)}") for check in group)
         return
-    for check in group:
+    for index, check in enumerate(group):
+        if index > 0:
+            yield check.outcome("running")
         try:
-            yield _compared(check, inputs, baseline, truth)
+            yield _compared(check, inputs, baseline, truth, timed)
         except Exception as error:
             yield check.outcome("error", message=_one_line(error))
             if _is_poisoned(device):
                 yield from (
                     rest.outcome("not reached", message="an earlier CUDA error made the GPU unusable")
-                    for rest in group[group.index(check) + 1 :]
+                    for rest in group[index + 1 :]
                 )
                 return
 
@@ -217,7 +228,7 @@ def _output_gradient(output: Tensor) -> Tensor:
     return (torch.randint(-8, 9, output.shape, generator=generator) / 8).to(output.device, output.dtype)
 
 
-def _compared(check: _Check, inputs: list[Tensor], baseline: list[Tensor], truth: list[Tensor]) -> Outcome:
+def _compared(check: _Check, inputs: list[Tensor], baseline: list[Tensor], truth: list[Tensor], timed: bool) -> Outcome:
     problem, lowest = check.problem, inputs[0].dtype
     is_reference = check.implementation == "reference"
     found = baseline if is_reference else _results(problem, check.implementation, inputs)
@@ -236,7 +247,7 @@ def _compared(check: _Check, inputs: list[Tensor], baseline: list[Tensor], truth
         excess = error / allowed if error == error else float("inf")  # NaN exceeds every limit
         compared.append((excess, name, error / norm, allowed / norm))
     excess, name, error, allowed = max(compared, key=lambda each: each[0])
-    forward, backward = _times(check, inputs)
+    forward, backward = _times(check, inputs) if timed else (None, None)
     return check.outcome(
         "passed" if excess <= 1 else "failed",
         error=error,

@@ -250,3 +250,37 @@ def test_a_time_limit_that_is_not_positive_is_refused(seconds, capsys):
 def test_limits_of_the_checks_are_refused_without_check(limit):
     with pytest.raises(ValueError, match="requires --check"):
         DoctorSettings(**limit)
+
+
+@needs_library
+def test_the_row_of_a_check_begins_before_the_kernel_runs(two_problems, monkeypatch, capsys):
+    """The last row then names a kernel that hangs or crashes the process."""
+    printed = []
+
+    def kernel(x, bias, approximate):
+        printed.append(capsys.readouterr().out)
+        return ops.bias_gelu(x, bias, approximate, implementation="reference")
+
+    plant(monkeypatch, kernel)
+    assert main([*CHECK, "--only", "bias_gelu", "cpu", "fp32"]) == 0
+    assert printed[0].splitlines()[-1].split() == ["bias_gelu", "cpu", "fp32", "1x512", "H=3072"]
+    rest = capsys.readouterr().out.splitlines()
+    assert rest[0].endswith("  passed")
+    assert "bias_gelu" not in rest[0]
+    assert rest[-1].endswith(" checks passed, 0 were not reached.")
+
+
+def test_the_self_test_runs_without_measuring_times(two_problems, monkeypatch):
+    monkeypatch.setattr(self_test, "_times", lambda *arguments: pytest.fail("it was timed"))
+    events = [*self_test.run([torch.device("cpu")], ("bias_gelu", "fp32"), 60, timed=False)]
+    outcomes = [event for event in events if event.status != "running"]
+    assert len(events) == 2 * len(outcomes) > 0
+    assert {(one.status, one.forward_us, one.backward_us) for one in outcomes} == {("passed", None, None)}
+
+
+def test_checks_without_dropout_are_selected_by_a_word_of_their_own():
+    shapes = {problem.shape for problem in self_test.problems(torch.device("cpu")) if problem.operator == "attention"}
+    for word in ("dropout", "no-dropout"):
+        groups = self_test._groups(torch.device("cpu"), ["attention", word])
+        selected = {check.problem.shape for group in groups for check in group}
+        assert selected == {shape for shape in shapes if ("dropout" in shape.split()) == (word == "dropout")}
