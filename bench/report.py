@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import groupby
@@ -39,14 +40,24 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     results = read(arguments.results)
     (output / "summary.md").write_text(summary(results), encoding="utf-8")
+    print(short(results), flush=True)  # before the plots, which take longer
     plots = plot_operators(results, output)
-    print(f"{short(results)}\n\nsummary.md and {len(plots)} plots are in {output}")
+    print(f"\nsummary.md and {len(plots)} plots are in {output}")
 
 
 def read(paths: list[Path]) -> list[dict[str, Any]]:
-    """Return the JSON objects of files and folders; empty files, left by interrupted runs, are skipped."""
+    """Return the JSON objects of files and folders.
+
+    Files that are not complete, left by interrupted runs, are named and left out.
+    """
+    results: list[dict[str, Any]] = []
     files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
-    return [json.loads(text) for file in files if (text := file.read_text(encoding="utf-8").strip())]
+    for file in files:
+        try:
+            results.append(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError:
+            print(f"{file} is left out: it is not complete JSON", file=sys.stderr)
+    return results
 
 
 def summary(results: list[dict[str, Any]]) -> str:
@@ -94,7 +105,7 @@ def _origins(results: list[dict[str, Any]]) -> list[str]:
 
 def _parts(results: list[dict[str, Any]]) -> list[str]:
     rows = [
-        (part["name"], f"{part['seconds']:.0f}", part["status"], part["last_line"])
+        (part["name"], f"{part['seconds']:.0f}", part["status"], "; ".join([part["last_line"], *part["problems"]]))
         for result in results
         for part in result.get("parts", [])
     ]

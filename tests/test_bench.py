@@ -132,6 +132,19 @@ def test_the_report_names_missing_files():
     assert "there is no nowhere.json" in ran.stderr
 
 
+def test_the_report_leaves_out_files_that_are_not_complete(tmp_path):
+    origin = {"processor": "a CPU", "python": "3.12", "versions": {}, "commit": ""}
+    (tmp_path / "ceilings.json").write_text(json.dumps({"origin": origin, "ceilings": {"flops": 1e12, "bytes": 1e12}}))
+    (tmp_path / "attention.json").write_text('{"benchmarks": [{"extra_info"')
+    (tmp_path / "empty.json").touch()
+    ran = run("-m", "bench.report", str(tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert "Nothing was measured." in ran.stdout
+    assert "## Ceilings" in (tmp_path / "summary.md").read_text()
+    for name in ("attention", "empty"):
+        assert f"{name}.json is left out: it is not complete JSON" in ran.stderr
+
+
 def benchmark_square(folder: Path, factories: str) -> tuple[subprocess.CompletedProcess, dict]:
     """Benchmark the operation of this file with the given IMPLEMENTATIONS."""
     (folder / "ops").mkdir()
