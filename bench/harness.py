@@ -158,6 +158,18 @@ def time_limit(seconds: int, error: type[Exception] = TimeoutError) -> Iterator[
         signal.signal(signal.SIGALRM, before)
 
 
+def compile_backward_with_forward() -> None:
+    """Have torch.compile compile a backward pass together with its forward pass, if this version of PyTorch can.
+
+    By default a thread of autograd compiles it in the first backward pass, while the main thread, which alone receives
+    the signal of `time_limit`, waits in C++ code.
+    """
+    import torch._functorch.config as config
+
+    if hasattr(config, "force_non_lazy_backward_lowering"):
+        config.force_non_lazy_backward_lowering = True
+
+
 def device_seconds(calls: Sequence[Callable[[], object]]) -> tuple[list[float], str]:
     """Time calls of one function on different inputs, so that no round finds its inputs in a cache.
 

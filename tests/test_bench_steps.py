@@ -10,6 +10,7 @@ from test_bench import program, run
 
 from bench.end_to_end.step_cases import CASES, GPU_CASES, MODERNBERT_CASES
 from bench.figures import case_title, step_case
+from bench.harness import compile_backward_with_forward
 from bench.page.data import data_text
 from bench.page.rows import Result
 from bertfast.architectures import FAMILIES
@@ -103,3 +104,23 @@ def test_the_time_of_a_step_is_divided_among_groups_of_operators():
         for name in ("GEMM", "attention", "optimizer", "loss", "dropout, LayerNorm, GELU"):
             assert groups[name] > 0, (groups, name)
         assert groups["other"] < 0.25 * sum(groups.values())
+
+
+def test_a_time_limit_includes_the_compilation_of_the_backward_pass():
+    import torch._functorch.config
+    from torch._dynamo.backends.common import aot_autograd
+
+    if not hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+        pytest.skip("this PyTorch always compiles it later")
+    compiled = []
+
+    def compiler(name):
+        return lambda graph, inputs: compiled.append(name) or graph.forward
+
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=False):
+        compile_backward_with_forward()
+        backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+        output = torch.compile(lambda x: x.sin().sum(), backend=backend)(torch.ones(3, requires_grad=True))
+        assert compiled == ["forward", "backward"]
+    output.backward()
+    assert len(compiled) == 2

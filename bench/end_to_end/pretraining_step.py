@@ -39,6 +39,7 @@ from bench.harness import (
     ON_GPU,
     Sample,
     at_least_one,
+    compile_backward_with_forward,
     hf_config,
     median_ratio,
     reason_of,
@@ -190,6 +191,7 @@ class Steps:
         Returns:
             The seconds of each, and the reasons of those that were removed.
         """
+        compile_backward_with_forward()
         compiling, not_run = {}, {}
         for name in [name for name, how in self.others.items() if how.compiled]:
             self.models[name].compile()
