@@ -61,7 +61,7 @@ $(READY): pyproject.toml setup.py
 $(LIBRARY): $(READY) $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-# For a GPU machine without compilers: the library with its CUDA kernels, and the probes of its layouts (BERTFAST_PROBES).
+# For a GPU machine without nvcc: the library with its CUDA kernels, and the probes of its layouts (BERTFAST_PROBES).
 wheel: $(READY)
 	rm -rf build/lib.* build/bdist.*
 	$(BIN)/python -m build --no-isolation --wheel --outdir dist .
@@ -261,8 +261,8 @@ bench-learning: $(LIBRARY)
 	$(LEARN) transformers-adamw-0.001 bertfast-adamw-0.001 bertfast-muon transformers-adamw-0.002 transformers-adamw-0.0005
 	$(LEARN) transformers-defaults transformers-defaults-bf16
 
-# gpu-check-accuracy checks the results of the kernels (three minutes), gpu-check-speed their speed (six). gpu-check runs both
-# even if the first fails, because the benchmarks check results before they measure.
+# gpu-check-accuracy checks the results of the kernels (three minutes), gpu-check-speed their speed (six). gpu-check runs both,
+# even if the first fails: one wrong kernel says nothing about the speed of the others. The first also compiles for the second.
 GPU_CHECK = PYTHONPATH=$(CURDIR) $(PYTHON) -m bench.gpu_check $(1) $(RESULTS_FLAG) $(if $(WHEEL),--wheel '$(WHEEL)') \
   $(if $(PROBES),--probes '$(PROBES)')
 
