@@ -12,6 +12,7 @@ from bertfast import ops
 from bertfast.cli import self_test
 from bertfast.cli.doctor import DoctorSettings
 from bertfast.cli.main import main
+from bertfast.cli.self_test_problems import MIXED, PADDING_SLOTS
 from bertfast.ops import cuda_build, native
 from bertfast.ops.attention import HEAD_DIMENSIONS
 
@@ -132,11 +133,11 @@ def two_problems(monkeypatch):
     monkeypatch.setattr(self_test, "problems", selected)
 
 
-def plant(monkeypatch, kernel):
-    """Replace every forward kernel of bias_gelu by `kernel`."""
-    module = sys.modules["bertfast.ops.bias_gelu"]
+def plant(monkeypatch, kernel, operator="bias_gelu", direction="forward"):
+    """Replace every kernel of an operator in one direction by `kernel`."""
+    module = sys.modules[f"bertfast.ops.{operator}"]
     original = module.operator
-    monkeypatch.setattr(module, "operator", lambda *of: kernel if of[1].endswith("forward") else original(*of))
+    monkeypatch.setattr(module, "operator", lambda *of: kernel if of[1].endswith(direction) else original(*of))
 
 
 def test_every_operator_is_checked_with_every_head_dimension():
@@ -146,6 +147,15 @@ def test_every_operator_is_checked_with_every_head_dimension():
     for dimension in HEAD_DIMENSIONS:
         for length in ("2x128", "1x512"):
             assert {f"{length} D={dimension}", f"{length} D={dimension} dropout"} <= set(attention)
+
+
+def test_attention_is_checked_with_partial_blocks_empty_sequences_and_padding_slots():
+    assert {length % 64 > 0 for length in MIXED if length > 128} == {True}
+    assert {0, 1} <= set(MIXED)
+    mixed = [problem for problem in self_test.problems(torch.device("cpu")) if problem.shape.startswith("mixed")]
+    assert {problem.shapes["qkv"][0] for problem in mixed} == {sum(MIXED) + PADDING_SLOTS}
+    for dimension in HEAD_DIMENSIONS:
+        assert {f"mixed D={dimension}", f"mixed D={dimension} dropout"} <= {problem.shape for problem in mixed}
 
 
 def test_correct_kernels_pass(two_problems, capsys):
@@ -167,14 +177,12 @@ def test_the_copy_for_the_next_gemm_passes_in_every_precision(precision, capsys)
 @needs_library
 def test_an_output_is_judged_in_its_own_dtype_next_to_a_lower_precision_copy(monkeypatch, capsys):
     """An fp32 output with the error of its bf16 copy must fail."""
-    module = sys.modules["bertfast.ops.add_layer_norm"]
-    original = module.operator
 
     def inexact(*arguments):
-        y, *rest = original("cpu", "add_layer_norm_forward")(*arguments)
+        y, *rest = torch.ops.bertfast.cpu_add_layer_norm_forward(*arguments)
         return y.bfloat16().to(y.dtype), *rest
 
-    monkeypatch.setattr(module, "operator", lambda *of: inexact if of[1].endswith("forward") else original(*of))
+    plant(monkeypatch, inexact, "add_layer_norm")
     assert main([*CHECK, "--only", "add_layer_norm", "copy", "cpu", "fp32"]) == 1
     assert "FAILED: output" in capsys.readouterr().out
 
@@ -187,6 +195,24 @@ def test_an_incorrect_kernel_fails_and_is_named(two_problems, monkeypatch, capsy
     assert "FAILED: output" in next(line for line in out.splitlines() if line.startswith("bias_gelu            cpu"))
     assert "bias_gelu cpu fp32 1x512 H=3072 on cpu: failed: output" in out
     assert "gelu_layer_norm cpu fp32 77 H=768 on cpu: " not in out  # the others pass
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("operator", "direction", "word", "index", "value"),
+    [
+        ("attention", "forward", "scale=0.2", 5, 0.125),
+        ("attention", "forward", "causal=True", 6, False),
+        ("attention", "forward", "window=20", 7, None),
+        ("attention", "backward", "window=20", 10, None),
+        ("embeddings", "backward", "frequent", 10, None),  # the padding index
+    ],
+)
+def test_a_kernel_that_ignores_an_option_fails(operator, direction, word, index, value, monkeypatch, capsys):
+    kernel = getattr(torch.ops.bertfast, f"cpu_{operator}_{direction}")
+    plant(monkeypatch, lambda *of: kernel(*of[:index], value, *of[index + 1 :]), operator, direction)
+    assert main([*CHECK, "--only", operator, "cpu", "fp32", word]) == 1
+    assert "FAILED: " in capsys.readouterr().out
 
 
 @needs_library
