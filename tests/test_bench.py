@@ -5,15 +5,18 @@ import gzip
 import json
 import lzma
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench import harness
+from bench.ops.conftest import json_file
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 
 pytestmark = pytest.mark.slow
@@ -22,6 +25,8 @@ ROOT = Path(__file__).parents[1]
 OPERATIONS = {path.stem for path in (ROOT / "bench" / "ops").glob("*.py")} - {"__init__", "conftest"}
 
 SQUARE = """
+import os
+import signal
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +49,10 @@ class Square(Case):
 
 def broken(case):
     raise RuntimeError("not available")
+
+
+def killed(case):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def interrupted(case):
@@ -164,6 +173,31 @@ def test_wrong_or_broken_implementations_are_not_timed_and_an_interruption_keeps
     assert reasons["cube"].startswith("not timed because its results are wrong: the relative error is")
     assert reasons["nothing"].endswith("nan")
     assert reasons["broken"] == "RuntimeError: not available"
+
+
+def test_a_killed_process_keeps_the_results_before(tmp_path):
+    ran, result = benchmark_square(tmp_path, '{"bertfast": right, "cube": cube, "killed": killed, "late": right}')
+    assert ran.returncode == -signal.SIGKILL, ran.stdout
+    assert [run["extra_info"]["direction"] for run in result["benchmarks"]] == ["forward", "backward"]
+    assert {entry["implementation"] for entry in result["not_timed"]} == {"cube"}
+    assert result["origin"]["versions"]["torch"]
+    assert result["ceilings"].keys() == {"flops", "bytes"}
+
+
+def test_the_reasons_are_written_if_nothing_is_timed(tmp_path):
+    _, result = benchmark_square(tmp_path, '{"broken": broken}')
+    assert result["benchmarks"] == []
+    assert {entry["reason"] for entry in result["not_timed"]} == {"RuntimeError: not available"}
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_json_file_has_its_folder_in_every_version_of_pytest_benchmark(opened, tmp_path):
+    path = tmp_path / "results" / "square.json"
+    path.parent.mkdir()
+    with path.open("wb") as file:
+        config = SimpleNamespace(getoption=lambda *_: file if opened else path)
+        assert json_file(config) == path
+    assert json_file(SimpleNamespace(getoption=lambda *_: None)) is None
 
 
 @pytest.mark.parametrize("implementation", ["cube", "broken"])

@@ -3,17 +3,20 @@
     pytest bench/ops --benchmark-json=FILE [--shapes small|main|all]
     pytest bench/ops/attention.py --benchmark-disable    # only the check
 
-Implementations that are wrong or cannot run are not timed; the JSON file lists them with the reason. Each file has a
-test that takes the fixture `measure` and calls it.
+Implementations that are wrong or cannot run are not timed; the JSON file lists them with the reason. It is written
+after each result, so that a kernel that hangs or ends its process does not take the results before it. Each other file
+has a test that takes the fixture `measure` and calls it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -23,11 +26,12 @@ import torch
 from bench.cases import SAME_MASKS, TOLERANCE, calls, checked, extra_memory, measured
 from bench.ceilings import ceilings
 from bench.harness import ON_GPU, compile_backward_with_forward, device_seconds, origin, require_clean_tree, time_limit
+from bertfast.runtime.atomic_write import write_atomically
 
 collect_ignore = ["conftest.py"]
 SHAPES = {"small": ("small",), "main": ("main",), "all": ("main", "rest")}
 COMPILED = ("flex", "torch.compile")  # they compile for seconds, and a time limit may stop them
-NOT_TIMED: list[dict[str, Any]] = []
+RESULT: dict[str, Any] = {"benchmarks": [], "not_timed": []}  # what the JSON file will have besides the origin
 
 
 class Clock:
@@ -56,13 +60,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="small: to try the programs, main: the most important sizes, all (default: all on a GPU, small on a CPU)",
     )
     parser.addoption("--case-seconds", type=int, default=0, help="time limit of a case in seconds (0: none)")
+    parser.addoption("--ceilings", type=Path, help="result file of bench.ceilings (default: they are measured again)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("benchmark_json", None):
-        require_clean_tree(Path(config.getoption("benchmark_json").name))
+    if (file := json_file(config)) is not None:
+        require_clean_tree(file)
+        measured_origin()  # now, because the GPU may be unusable when the first result is written
     # With the folder, because pytest rewrites the assertions of all matching files; "*.py" would match all of torch.
     config.addinivalue_line("python_files", str(Path(__file__).with_name("*.py")))
+
+
+def json_file(config: pytest.Config) -> Path | None:
+    """Return the path after --benchmark-json, which older versions of pytest-benchmark open; None if there is none."""
+    given = config.getoption("benchmark_json", None)
+    return given if given is None or isinstance(given, Path) else Path(given.name)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -95,8 +107,15 @@ def pytest_runtest_makereport(
     report = yield
     if call.excinfo is not None:
         reason = call.excinfo.exconly().removeprefix("Skipped: ").strip().splitlines()[0]
-        NOT_TIMED.append({"operation": item.path.stem, **item.callspec.params, "reason": reason})
+        RESULT["not_timed"].append({"operation": item.path.stem, **item.callspec.params, "reason": reason})
+        save(item.config)
     return report
+
+
+def save(config: pytest.Config) -> None:
+    """Write all results so far to the JSON file."""
+    if (file := json_file(config)) is not None:
+        write_atomically(file, json.dumps({"origin": measured_origin(), **RESULT}, indent=1) + "\n")
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
@@ -104,7 +123,9 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    output_json |= {"origin": origin(), "ceilings": measured_ceilings(), "not_timed": NOT_TIMED}
+    """Have pytest-benchmark write at the end what the file has already."""
+    output_json.clear()
+    output_json |= {"origin": measured_origin(), **RESULT}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -123,10 +144,21 @@ def _compilation() -> None:
     compile_backward_with_forward()
 
 
-@lru_cache(maxsize=1)
-def measured_ceilings() -> dict[str, float]:
-    """Return the ceilings, measured once per run."""
-    return ceilings()
+@cache
+def measured_origin() -> dict[str, Any]:
+    """Return the origin of all results of this run."""
+    return origin()
+
+
+@cache
+def measured_ceilings(file: Path | None) -> dict[str, float]:
+    """Return the ceilings, from a result file of `bench.ceilings` or measured once per run, and add them to RESULT."""
+    if file is not None and file.exists():
+        found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["ceilings"]
+    else:
+        found = ceilings()
+    RESULT["ceilings"] = found
+    return found
 
 
 @pytest.fixture
@@ -138,7 +170,7 @@ def measure(
     def run() -> None:
         try:
             with time_limit(request.config.getoption("--case-seconds")):
-                _measure(request.module, benchmark, case, implementation, direction)
+                _measure(request.module, request.config, benchmark, case, implementation, direction)
         except Exception as error:
             if implementation == "bertfast":
                 raise
@@ -147,7 +179,9 @@ def measure(
     return run
 
 
-def _measure(module: ModuleType, benchmark: Any, name: str, implementation: str, direction: str) -> None:
+def _measure(
+    module: ModuleType, config: pytest.Config, benchmark: Any, name: str, implementation: str, direction: str
+) -> None:
     case = next(case for cases in module.CASES.values() for case in cases if str(case) == name)
     made, error = checked(module.IMPLEMENTATIONS[implementation], case, implementation in SAME_MASKS)
     if not error <= TOLERANCE[case.dtype]:
@@ -158,14 +192,16 @@ def _measure(module: ModuleType, benchmark: Any, name: str, implementation: str,
         benchmark.pedantic(repeated[0])
         return
     samples, clock = device_seconds(repeated)
-    lower_bound = case.work(direction).lower_bound(measured_ceilings())
+    lower_bound = case.work(direction).lower_bound(measured_ceilings(config.getoption("--ceilings")))
     operation = module.__name__.rpartition(".")[2]
-    benchmark.extra_info |= {
+    info = {
         "operation": operation,
         "clock": clock,
         "extra_memory_bytes": extra_memory(case, made),
         **measured(case, implementation, direction, samples, lower_bound, error),
     }
+    RESULT["benchmarks"].append({"extra_info": info, "stats": {"median": median(samples), "data": samples}})
+    save(config)
     benchmark.group = f"{operation} {name} {direction}"
     remaining = iter(samples)
     benchmark.pedantic(lambda: CLOCK.advance(next(remaining)), rounds=len(samples))
