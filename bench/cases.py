@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import DEVICE, ON_GPU
+from bertfast.cli.self_test import error_and_allowed
 from bertfast.ops.dispatch import Implementation as Backend
 from bertfast.ops.dropout import Dropout, RngCoordinates
 from bertfast.ops.sequences import Sequences
@@ -191,15 +192,42 @@ def require_gpu(name: str, reason: str) -> None:
 
 
 @lru_cache(maxsize=1)  # both directions of a case follow one another
-def checked(factory: Factory, case: Case, same_masks: bool) -> tuple[Implementation, float]:
-    """Make an implementation and measure its relative error, without dropout if it draws other masks."""
+def checked(factory: Factory, case: Case, name: str) -> tuple[Implementation, float, str | None]:
+    """Make an implementation of a case and compare it with float64, without dropout if it draws other masks.
+
+    Returns:
+        The implementation, its largest relative error, and why it is not to be timed; None if its results are right.
+    """
     made = make(factory, case)
     if not made.checked:
-        return made, 0.0
-    if same_masks or not case.dropout:
-        return made, relative_error(case, made)
-    without_dropout = replace(case, dropout=0.0)
-    return made, relative_error(without_dropout, make(factory, without_dropout))
+        return made, 0.0, None
+    compared, of_compared = case, made
+    if case.dropout and name not in SAME_MASKS:
+        compared = replace(case, dropout=0.0)
+        of_compared = make(factory, compared)
+    errors = _relative_errors(compared, _results(compared, of_compared))
+    limits = allowed_errors(compared, name)
+    wrong = [(error, limit) for error, limit in zip(errors, limits, strict=True) if not error <= limit]
+    reason = "not timed because its results are wrong: the relative error is {:.2g}, allowed is {:.2g}"
+    # A tensor, because its maximum is NaN if an error is.
+    return made, float(torch.tensor(errors).max()), reason.format(*wrong[0]) if wrong else None
+
+
+def allowed_errors(case: Case, name: str) -> list[float]:
+    """Return the largest relative errors of the outputs and gradients of an implementation.
+
+    In bf16, bertfast's must not be larger than the accuracy rule of the tests allows, which compares them with those
+    of PyTorch.
+    """
+    expected = _expected(case)
+    limits = [TOLERANCE[case.dtype]] * len(expected)
+    if case.dtype != torch.bfloat16 or not name.startswith("bertfast"):
+        return limits
+    rule = [
+        error_and_allowed(found, found, true, case.dtype)[1] / float(true.norm())
+        for found, true in zip(_baseline(case), expected, strict=True)
+    ]
+    return [min(pair) for pair in zip(limits, rule, strict=True)]
 
 
 def measured(
@@ -221,22 +249,34 @@ def measured(
     }
 
 
-def relative_error(case: Case, implementation: Implementation) -> float:
-    """Return the largest error of output and gradients relative to the norm of the float64 result; NaN if any is."""
+def _relative_errors(case: Case, results: Sequence[Tensor | None]) -> list[float]:
+    """Return the errors of outputs and gradients relative to the norms of the float64 results; 0 for absent ones."""
+    return [
+        0.0 if result is None else float((result.detach().double() - expected).norm() / expected.norm())
+        for result, expected in zip(results, _expected(case), strict=True)
+    ]
+
+
+def _results(case: Case, implementation: Implementation) -> list[Tensor | None]:
+    """Return the outputs, and the gradients of the inputs of the operation."""
     inputs = [x.requires_grad_() for x in case.inputs(_generator(0))]
     outputs = _outputs(implementation.leave(implementation.function(*implementation.enter(*inputs))))
-    gradients = torch.autograd.grad(outputs, inputs, _output_gradients(outputs), allow_unused=True)
-    errors = [
-        (result.detach().double() - expected).norm() / expected.norm()
-        for result, expected in zip([*outputs, *gradients], _expected(case), strict=True)
-        if result is not None
-    ]
-    return float(torch.stack(errors).max())
+    return [*outputs, *torch.autograd.grad(outputs, inputs, _output_gradients(outputs), allow_unused=True)]
 
 
 @lru_cache(maxsize=2)  # a case with dropout and the same case without
 def _expected(case: Case) -> list[Tensor]:
-    inputs = [x.double().requires_grad_() for x in case.inputs(_generator(0))]
+    return _definition(case, torch.float64)
+
+
+@lru_cache(maxsize=2)
+def _baseline(case: Case) -> list[Tensor]:
+    return _definition(case, case.dtype)
+
+
+def _definition(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """Return the outputs and gradients of the reference in a dtype."""
+    inputs = [x.to(dtype).requires_grad_() for x in case.inputs(_generator(0))]
     outputs = _outputs(case.definition(*inputs))
     gradients = torch.autograd.grad(outputs, inputs, _output_gradients(outputs))
     return [*(output.detach() for output in outputs), *gradients]

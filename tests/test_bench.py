@@ -51,6 +51,10 @@ def broken(case):
     raise RuntimeError("not available")
 
 
+def unavailable(case):
+    raise ValueError("square: implementation 'cuda' is not available: no nvcc; pass implementation='reference'")
+
+
 def killed(case):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -171,7 +175,7 @@ def test_wrong_or_broken_implementations_are_not_timed_and_an_interruption_keeps
     reasons = {entry["implementation"]: entry["reason"] for entry in result["not_timed"]}
     assert reasons.keys() == {"cube", "nothing", "broken"}
     assert reasons["cube"].startswith("not timed because its results are wrong: the relative error is")
-    assert reasons["nothing"].endswith("nan")
+    assert "the relative error is nan" in reasons["nothing"]
     assert reasons["broken"] == "RuntimeError: not available"
 
 
@@ -200,11 +204,32 @@ def test_the_json_file_has_its_folder_in_every_version_of_pytest_benchmark(opene
     assert json_file(SimpleNamespace(getoption=lambda *_: None)) is None
 
 
+@pytest.mark.parametrize("name", ["bertfast", "bertfast-cuda"])
 @pytest.mark.parametrize("implementation", ["cube", "broken"])
-def test_a_wrong_or_broken_bertfast_fails_the_run(implementation, tmp_path):
-    ran, result = benchmark_square(tmp_path, f'{{"bertfast": {implementation}, "right": right}}')
+def test_a_wrong_or_broken_bertfast_fails_the_run(implementation, name, tmp_path):
+    ran, result = benchmark_square(tmp_path, f'{{"{name}": {implementation}, "right": right}}')
     assert ran.returncode == 1, ran.stdout
     assert {run["extra_info"]["implementation"] for run in result["benchmarks"]} == {"right"}
+    assert {entry["implementation"] for entry in result["not_timed"]} == {name}
+
+
+def test_kernels_that_the_library_lacks_do_not_fail_the_run(tmp_path):
+    ran, result = benchmark_square(tmp_path, '{"bertfast": right, "bertfast-cuda": unavailable}')
+    assert ran.returncode == 0, ran.stdout
+    assert "is not available: no nvcc" in result["not_timed"][0]["reason"]
+
+
+def test_bertfast_in_bf16_must_be_as_accurate_as_pytorch():
+    from bench.cases import checked
+    from bench.ops.bias_gelu import CASES
+
+    case = next(case for case in CASES["small"] if case.dtype == torch.bfloat16)
+
+    def inexact(case):
+        return lambda *inputs: 1.03 * case.definition(*inputs)
+
+    assert checked(inexact, case, "torch")[2] is None
+    assert "the relative error is 0.03, allowed is 0.0" in checked(inexact, case, "bertfast")[2]
 
 
 def program(name: str, *options: str) -> subprocess.CompletedProcess:
