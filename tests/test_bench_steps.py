@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_bench import program, run
 
-from bench.end_to_end.step_cases import CASES, GPU_CASES, MODERNBERT_CASES
+from bench.end_to_end import pretraining_step
+from bench.end_to_end.step_cases import ALL, CASES, GPU_CASES, MODERNBERT_CASES
 from bench.figures import case_title, step_case
 from bench.harness import compile_backward_with_forward
 from bench.page.data import data_text
@@ -40,6 +41,33 @@ def test_a_pretraining_step_of_modernbert_is_timed(tmp_path):
     assert result["seconds"].keys() == {"bertfast", "transformers-sdpa"}
     bertfast, transformers = result["loss_without_dropout"].values()
     assert bertfast == pytest.approx(transformers, rel=1e-4)
+
+
+def test_a_wrong_gradient_is_found_although_the_loss_is_right(monkeypatch):
+    original = pretraining_step.packed_loss
+
+    def planted(model, batch):
+        weight = next(p for name, p in model.named_parameters() if name.endswith("query.weight"))
+        return original(model, batch) + (weight - weight.detach()).sum()
+
+    monkeypatch.setattr(pretraining_step, "packed_loss", planted)
+    with pytest.raises(pretraining_step.DifferentResultsError, match=r"gradient of bert\.encoder\.layer\..*query"):
+        pretraining_step.measure("trial", ALL["trial"], {"transformers-sdpa": pretraining_step.Alternative()}, 1, 60)
+
+
+def test_different_results_do_not_drop_the_other_cases(tmp_path, monkeypatch, capsys):
+    def measure(name, *_):
+        if name == "trial":
+            raise pretraining_step.DifferentResultsError("the losses differ")
+        return {"case": name, "ratios": {}, "not_run": {}}
+
+    monkeypatch.setattr(pretraining_step, "measure", measure)
+    monkeypatch.setattr(pretraining_step, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr("sys.argv", ["pretraining_step", "trial", "trial-wikipedia", f"--results={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"the results differ: trial$"):
+        pretraining_step.main()
+    assert "trial: the losses differ" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["pretraining_step-trial-wikipedia.json"]
 
 
 def test_cases_of_steps_are_named_after_model_batch_and_precision():

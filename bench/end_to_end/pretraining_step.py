@@ -2,11 +2,11 @@
 
 All get the same samples, transformers padded. Lengths are "uniform" between a quarter of the maximum and the maximum,
 those of sentence pairs from Wikipedia, or all the maximum (`bench.end_to_end.step_cases`). BERT has dropout 0.1,
-ModernBERT none; all use PyTorch's fused AdamW. The losses without dropout must agree before anything is timed.
-transformers runs with PyTorch's attention, eager and compiled; on a GPU also with its plain attention; BERT's bf16 on a
-CPU also in fp32, its default. ModernBERT is not compiled, and computes logits of masked tokens only, an option that
-transformers has for it. The process keeps freed memory, as bertfast's programs do, so that no implementation pays for
-page faults.
+ModernBERT none; all use PyTorch's fused AdamW. The losses without dropout and the norms of their gradients must agree
+before anything is timed. transformers runs with PyTorch's attention, eager and compiled; on a GPU also with its plain
+attention; BERT's bf16 on a CPU also in fp32, its default. ModernBERT is not compiled, and computes logits of masked
+tokens only, an option that transformers has for it. The process keeps freed memory, as bertfast's programs do, so that
+no implementation pays for page faults.
 
     python -m bench.end_to_end.pretraining_step [CASE …] [--repeats N] [--results FOLDER]
 
@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -75,6 +77,8 @@ class Alternative:
 
 
 ALTERNATIVES = ("transformers-sdpa", "transformers-compile", "transformers-eager", "transformers-fp32")
+# Largest relative differences of the losses, and of the norms of the gradients.
+TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 0.1)}
 
 
 def alternatives(case: Case) -> dict[str, Alternative]:
@@ -116,6 +120,7 @@ def main() -> None:
     keep_freed_memory()
     print("| case | tokens | bertfast s | other | other s | ratio | target | GFLOP/s | GEMM efficiency |")
     print("|---|---|---|---|---|---|---|---|---|")
+    different = []
     for name in arguments.cases:
         if ALL[name].dtype == torch.bfloat16 and not has_bf16_gemm(DEVICE):
             print(f"{name}: skipped, this processor has no bf16 instructions", file=sys.stderr, flush=True)
@@ -126,11 +131,18 @@ def main() -> None:
         if not others:
             print(f"{name}: skipped, {', '.join(arguments.against)} does not apply", file=sys.stderr, flush=True)
             continue
-        result = measure(name, ALL[name], others, arguments.repeats, arguments.compile_seconds)
+        try:
+            result = measure(name, ALL[name], others, arguments.repeats, arguments.compile_seconds)
+        except DifferentResultsError as error:
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            different.append(name)
+            continue
         file = "-".join(filter(None, ["pretraining_step", name, arguments.suffix]))
         write_result(file, result, arguments.results)
         print_result(result)
     print(f"\nwritten to {arguments.results}")
+    if different:
+        raise SystemExit(f"not timed, because the results differ: {', '.join(different)}")
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -144,6 +156,10 @@ def print_result(result: dict[str, Any]) -> None:
         )
     for other, reason in result["not_run"].items():
         print(f"{result['case']}: {other} did not run: {reason}", file=sys.stderr, flush=True)
+
+
+class DifferentResultsError(RuntimeError):
+    """The implementations of a case do not compute the same, so none of them is timed."""
 
 
 class Steps:
@@ -214,15 +230,12 @@ def measure(
     """Time a case against `others` and return its result.
 
     Raises:
-        SystemExit: The losses differ.
+        DifferentResultsError: The losses or the norms of the gradients differ.
     """
     torch.manual_seed(0)
     config, batch = case.config(), case.samples()
     steps = Steps(case, others, batch, dropout=0.0)
-    losses = {name: steps.loss(name).item() for name in steps.models}
-    tolerance = 1e-4 if case.dtype == torch.float32 else 2e-2
-    if max(losses.values()) - min(losses.values()) > tolerance * losses["bertfast"]:
-        raise SystemExit(f"{name}: the losses differ, so nothing is timed: {losses}")
+    losses = agreed_losses(steps)
 
     steps = Steps(case, others, batch, case.dropout, steps.models["bertfast"].state_dict())
     compiling, not_run = steps.compile(compile_seconds)
@@ -248,6 +261,40 @@ def measure(
         "target": case.target,
         **efficiency(flops, rates.flops, statistics.median(seconds_of(timed["bertfast"]))),
     }
+
+
+def agreed_losses(steps: Steps) -> dict[str, float]:
+    """Return the loss of each implementation.
+
+    Raises:
+        DifferentResultsError: They or the norms of the gradients differ. An untrained model's loss alone would hardly
+            depend on what attention returns.
+    """
+    losses, norms = {}, {}
+    for name, model in steps.models.items():
+        loss = steps.loss(name)
+        loss.backward()
+        losses[name], norms[name] = loss.item(), gradient_norms(model)
+        model.zero_grad(set_to_none=True)
+    of_loss, of_norm = TOLERANCES[steps.case.dtype]
+    if not max(losses.values()) - min(losses.values()) <= of_loss * losses["bertfast"]:
+        raise DifferentResultsError(f"the losses differ, so nothing is timed: {losses}")
+    for parameter, norm in norms["bertfast"].items():
+        found = {name: of_model.get(parameter, 0.0) for name, of_model in norms.items()}
+        if not all(abs(other - norm) <= of_norm * norm for other in found.values()):
+            raise DifferentResultsError(
+                f"the norms of the gradient of {parameter} differ, so nothing is timed: {found}"
+            )
+    return losses
+
+
+def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
+    """Return the norm of the gradient of each matrix of weights, over all layers, by its name without the layer."""
+    squares: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and parameter.grad is not None:
+            squares[re.sub(r"\.\d+\.", ".", name)].append(parameter.grad.float().square().sum())
+    return {name: torch.stack(of_layers).sum().sqrt().item() for name, of_layers in squares.items()}
 
 
 def comparison(timed: dict[str, list[Sample]]) -> dict[str, object]:
