@@ -313,11 +313,15 @@ def _call(function: Function, leaves: list[Tensor], direction: str) -> Callable[
 
 
 def extra_memory(case: Case, implementation: Implementation) -> int | None:
-    """Return the peak bytes of both passes beyond the inputs and all gradients; None on a CPU."""
+    """Return the peak bytes of both passes beyond the inputs and all gradients; None on a CPU, or without gradients."""
     if not ON_GPU:
         return None
     leaves = implementation.leaves(case, 0)
-    d_outputs = _output_gradients([output.detach() for output in _outputs(implementation.function(*leaves))])
+    outputs = _outputs(implementation.function(*leaves))
+    if not any(output.requires_grad for output in outputs):
+        return None
+    d_outputs = _output_gradients([output.detach() for output in outputs])
+    del outputs  # with what is saved for a backward pass
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     gradients = torch.autograd.grad(_outputs(implementation.function(*leaves)), leaves, d_outputs, allow_unused=True)

@@ -232,6 +232,15 @@ def test_bertfast_in_bf16_must_be_as_accurate_as_pytorch():
     assert "the relative error is 0.03, allowed is 0.0" in checked(inexact, case, "bertfast")[2]
 
 
+def test_an_implementation_without_gradients_needs_no_memory_of_a_backward_pass(monkeypatch):
+    from bench import cases
+    from bench.ops.bias_gelu import CASES, gelu_out
+
+    monkeypatch.setattr(cases, "ON_GPU", True)
+    case = CASES["small"][0]
+    assert cases.extra_memory(case, gelu_out(case)) is None
+
+
 def program(name: str, *options: str) -> subprocess.CompletedProcess:
     """Run a program of `bench` on one thread."""
     ran = run("-m", f"bench.{name}", *options)
