@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,6 +39,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 
 ROUND_SECONDS = 0.01  # shortest round of `device_seconds` on a GPU, so that launch overhead is negligible
+MAX_REPETITIONS = 500  # of all calls in a round
 TOTAL_SECONDS = 0.2 if ON_GPU else 0.02  # approximate duration of all rounds of `device_seconds`
 MIN_ROUNDS = 2  # rounds in one mode of the machine from which a median is taken
 FULL_SPEED = 0.7  # share of the threads that must run in parallel for the cores to count as independent
@@ -187,20 +189,38 @@ def device_seconds(calls: Sequence[Callable[[], object]]) -> tuple[list[float], 
                 results[index] = call()  # kept for a round, so that the outputs rotate through memory too
 
     run_all(1)  # compiles and tunes
-    times = min(max(round(ROUND_SECONDS / stopwatch(lambda: run_all(1))), 1), 100) if ON_GPU else 1
+    times = _repetitions(stopwatch(lambda: run_all(1))) if ON_GPU else 1
     if not ON_GPU:
         clock, run = "host", lambda: run_all(times)
     elif _never_synchronises(calls[0]):
         # Checked first, because a failed capture leaves the allocator unusable.
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            run_all(times)
+        graph = _capture(partial(run_all, times))
+        # Launches may take longer than the kernels: without them as many calls can be much shorter than a round.
+        needed = _repetitions(stopwatch(graph.replay) / times)
+        if needed > times:
+            del graph
+            times = needed
+            graph = _capture(partial(run_all, times))
         clock, run = "graph", graph.replay
     else:
         clock, run = "events", lambda: run_all(times)
     rounds = min(max(round(TOTAL_SECONDS / stopwatch(run)), 5), 50)
     samples = seconds_of(side_by_side({"run": run}, rounds)["run"])
     return [seconds / (times * len(calls)) for seconds in samples], clock
+
+
+def _repetitions(seconds: float) -> int:
+    """Return how many repetitions of `seconds` make a round."""
+    return min(max(round(ROUND_SECONDS / seconds), 1), MAX_REPETITIONS)
+
+
+def _capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of what a function launches, which has been replayed once: the first replay is slower."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        function()
+    graph.replay()
+    return graph
 
 
 def _never_synchronises(call: Callable[[], object]) -> bool:

@@ -232,6 +232,33 @@ def test_bertfast_in_bf16_must_be_as_accurate_as_pytorch():
     assert "the relative error is 0.03, allowed is 0.0" in checked(inexact, case, "bertfast")[2]
 
 
+def test_a_round_on_a_gpu_is_long_enough_although_launches_are_slow(monkeypatch):
+    now, captured = [0.0], []
+
+    def call():
+        now[0] += 5e-3  # with its launch
+
+    def capture(function):
+        before = now[0]
+        function()
+        captured.append(round((now[0] - before) / 5e-3))
+        return SimpleNamespace(replay=lambda: now.__setitem__(0, now[0] + 1e-3 * captured[-1]))
+
+    def stopwatch(function):
+        before = now[0]
+        function()
+        return now[0] - before
+
+    monkeypatch.setattr(harness, "ON_GPU", True)
+    monkeypatch.setattr(harness, "_capture", capture)
+    monkeypatch.setattr(harness, "_never_synchronises", lambda call: True)
+    monkeypatch.setattr(harness, "stopwatch", stopwatch)
+    samples, clock = harness.device_seconds([call])
+    assert clock == "graph"
+    assert samples == pytest.approx([1e-3] * len(samples))
+    assert captured == [2, 10]  # calls in a graph, of 2 ms and of harness.ROUND_SECONDS
+
+
 def test_an_implementation_without_gradients_needs_no_memory_of_a_backward_pass(monkeypatch):
     from bench import cases
     from bench.ops.bias_gelu import CASES, gelu_out
