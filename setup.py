@@ -123,11 +123,12 @@ def _build_with_cuda(target: Path) -> dict[str, Any]:
     """Build the library with the files of csrc/cuda that nvcc can compile.
 
     Returns:
-        The record of the build. "nvcc": its version. "reason": why there is no CUDA kernel, None if there is one.
-        By the names of sources: "architectures" of those in the library, "missing" with the error and all output
-        of the others, and "slow" with ptxas's lines about lost speed.
+        The record of the build. "commit": that of the checkout. "nvcc": its version. "reason": why there is no CUDA
+        kernel, None if there is one. By the names of sources: "architectures" of those in the library, "missing" with
+        the error and all output of the others, and "slow" with ptxas's lines about lost speed.
     """
-    record: dict[str, Any] = {"nvcc": None, "reason": None, "architectures": {}, "missing": {}, "slow": {}}
+    record: dict[str, Any] = {"commit": _commit(), "nvcc": None, "reason": None}
+    record |= {"architectures": {}, "missing": {}, "slow": {}}
     try:
         nvcc = cuda_toolkit.find_nvcc()
         record["nvcc"] = nvcc.version
@@ -147,6 +148,17 @@ def _build_with_cuda(target: Path) -> dict[str, Any]:
     for source, lines in record["slow"].items():
         _warn("\n".join([f"{source}.cu is slower than it should be:", *lines]))
     return record
+
+
+def _commit() -> str:
+    """Return the commit of the checkout, with "-dirty" if there are uncommitted changes; empty if it is not known."""
+    if not (ROOT / ".git").exists():  # that of a repository around this folder is another one
+        return ""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git
+        return ""
 
 
 def _that_compile(units: list[Unit], nvcc: Nvcc, record: dict[str, Any]) -> list[Unit]:

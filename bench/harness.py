@@ -7,7 +7,9 @@ so that each file in bench/results/ belongs to a commit. By default that is one 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import platform
 import re
 import signal
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from bertfast.cli.doctor import driver_version, package_version
+from bertfast.ops import cuda_build, native
 from bertfast.runtime.machine import output_of, processor
 
 if TYPE_CHECKING:
@@ -282,16 +285,29 @@ def changed_files(root: Path) -> list[str]:
     return [line[2:].strip() for line in lines.splitlines()]
 
 
+def commit_of(root: Path, has_changes: bool) -> str:
+    """Return the commit of a checkout, with "+changes" if it has uncommitted ones; else that of BERTFAST_COMMIT."""
+    found = output_of("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    return found + "+changes" * has_changes if found else os.environ.get("BERTFAST_COMMIT", "")
+
+
 def require_clean_tree(target: Path) -> None:
-    """End the program if it would write into bench/results/ although tracked files have uncommitted changes.
+    """End the program if it would write into bench/results/ although it is not known which commit was measured.
 
     Args:
         target: File or folder to which results are to be written.
 
     Raises:
-        SystemExit: With a message that names the changed files and what to do.
+        SystemExit: There is no commit, or tracked files have uncommitted changes. The message says what to do.
     """
-    if _CHANGED and target.resolve().is_relative_to(RESULTS):
+    if not target.resolve().is_relative_to(RESULTS):
+        return
+    if not _COMMIT:
+        raise SystemExit(
+            "no results are written to bench/results/ without a repository: set BERTFAST_COMMIT to the commit of these "
+            "files, or name another folder with --results"
+        )
+    if _CHANGED:
         files = ", ".join(_CHANGED[:3]) + ", …" * (len(_CHANGED) > 3)
         raise SystemExit(
             f"no results are written to bench/results/ with uncommitted changes ({files}): commit them, or name "
@@ -304,7 +320,7 @@ def origin() -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "commit": _COMMIT,
-        **({"gpu": _gpu()} if ON_GPU else {}),
+        **({"gpu": _gpu(), "library": _library()} if ON_GPU else {}),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -351,6 +367,7 @@ def origin_of(file: Path) -> dict[str, Any]:
 
 def _gpu() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(DEVICE)
+    clocks = output_of("nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits")
     return {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -358,10 +375,20 @@ def _gpu() -> dict[str, Any]:
         "l2_cache_mb": round(properties.L2_cache_size / 1e6),
         "cuda": torch.version.cuda,
         "driver": driver_version(),
+        "max_sm_mhz": clocks.partition("\n")[0],
     }
+
+
+def _library() -> dict[str, str | None]:
+    """Return what identifies the native library: the nvcc and the commit of its build, and a hash of the file."""
+    if native.UNAVAILABLE_REASON is not None:
+        return {}
+    digest = hashlib.sha256(native.path().read_bytes()).hexdigest()[:16]
+    built = cuda_build.BUILD
+    return {"sha256": digest, **({} if built is None else {"nvcc": built.nvcc, "commit": built.commit})}
 
 
 _NOT_SOURCES = (":(exclude)bench/results", ":(exclude)bench/LOG.md")
 # Both are read when the program starts: the code that runs does not change when files are edited meanwhile.
 _CHANGED = changed_files(ROOT)
-_COMMIT = output_of("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD") + ("+changes" if _CHANGED else "")
+_COMMIT = commit_of(ROOT, bool(_CHANGED))

@@ -17,6 +17,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bench import gpu_clocks
 from bench.figures import plot_operators, runs_of
 
 RUN = ["case", "direction", "implementation", "µs", "20 to 80 %", "GB/s", "TFLOP/s", "roofline efficiency", "error"]
@@ -24,6 +25,7 @@ RUN += ["extra MB", "clock"]  # memory beyond inputs and gradients; see `harness
 SHORT = ("operation", "case", "direction", "bertfast µs", "roofline efficiency", "fastest other", "other µs", "ratio")
 STEP = ("case", "tokens", "bertfast ms", "other", "other ms", "ratio", "GEMM efficiency")
 PART = ("part", "s", "status", "last line")
+CLOCK = ("GPU", "minimum", "median", "maximum")
 GOAL = ("operation", "case", "direction", "against", "target", "reached")
 SKIPPED = ("operation", "case", "implementation", "direction", "reason")
 
@@ -39,7 +41,7 @@ def main() -> None:
     output = arguments.output or (first if first.is_dir() else first.parent)
     output.mkdir(parents=True, exist_ok=True)
     results = read(arguments.results)
-    (output / "summary.md").write_text(summary(results), encoding="utf-8")
+    (output / "summary.md").write_text(summary(results) + clocks(arguments.results), encoding="utf-8")
     print(short(results), flush=True)  # before the plots, which take longer
     plots = plot_operators(results, output)
     print(f"\nsummary.md and {len(plots)} plots are in {output}")
@@ -73,6 +75,15 @@ def summary(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def clocks(paths: list[Path]) -> str:
+    """Return a table of the GPU's clocks, power and temperature while these folders were written; "" if unknown."""
+    files = [path / gpu_clocks.FILE for path in paths if (path / gpu_clocks.FILE).is_file()]
+    rows = [
+        (name, *(f"{value:g}" for value in values)) for file in files for name, *values in gpu_clocks.summarised(file)
+    ]
+    return f"\n## Clocks\n\n{_table(CLOCK, rows)}\n" if rows else ""
+
+
 def short(results: list[dict[str, Any]]) -> str:
     """Return tables of bertfast vs the fastest alternative, for each operator and for the pre-training step."""
     sections = []
@@ -99,7 +110,9 @@ def _origins(results: list[dict[str, Any]]) -> list[str]:
         gpu, versions = origin.get("gpu"), origin.get("versions", {})
         device = f"{gpu['name']} (sm_{gpu['capability']}, driver {gpu['driver']})" if gpu else origin.get("processor")
         packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-        lines.append(f"{device}; Python {origin.get('python')}, {packages}; commit {origin.get('commit')}")
+        library = ", ".join(f"{name} {value}" for name, value in origin.get("library", {}).items())
+        line = f"{device}; Python {origin.get('python')}, {packages}; commit {origin.get('commit')}"
+        lines.append(line + f"; library: {library}" * bool(library))
     return list(dict.fromkeys(lines))
 
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 from bench import harness
 from bench.ops.conftest import json_file
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
+from bertfast.ops.cuda_build import CudaBuild
 
 pytestmark = pytest.mark.slow
 
@@ -421,9 +423,41 @@ def test_without_a_repository_nothing_is_uncommitted(tmp_path):
     assert harness.changed_files(tmp_path) == []
 
 
+def test_without_a_repository_the_commit_is_that_of_a_variable(tmp_path, monkeypatch):
+    monkeypatch.delenv("BERTFAST_COMMIT", raising=False)
+    assert harness.commit_of(tmp_path, False) == ""
+    monkeypatch.setenv("BERTFAST_COMMIT", "0123456789ab")
+    assert harness.commit_of(tmp_path, False) == "0123456789ab"
+    commit(tmp_path, "setup.py")
+    assert re.fullmatch("[0-9a-f]{12}", harness.commit_of(tmp_path, False))
+    assert harness.commit_of(tmp_path, True).endswith("+changes")
+
+
+def test_results_of_an_unknown_commit_are_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(harness, "_CHANGED", [])
+    monkeypatch.setattr(harness, "_COMMIT", "")
+    with pytest.raises(SystemExit, match="set BERTFAST_COMMIT to the commit of these files"):
+        harness.require_clean_tree(tmp_path / "results" / "any.json")
+    harness.require_clean_tree(tmp_path / "elsewhere")
+
+
+def test_the_library_of_a_result_is_identified(monkeypatch, tmp_path):
+    (tmp_path / "library.so").write_bytes(b"code")
+    built = CudaBuild(nvcc="13.0.88", reason=None, architectures={}, missing={}, slow={}, commit="0123-dirty")
+    monkeypatch.setattr(harness.cuda_build, "BUILD", built)
+    monkeypatch.setattr(harness.native, "UNAVAILABLE_REASON", None)
+    monkeypatch.setattr(harness.native, "path", lambda: tmp_path / "library.so")
+    found = harness._library()
+    assert (found["nvcc"], found["commit"], len(found["sha256"])) == ("13.0.88", "0123-dirty", 16)
+    monkeypatch.setattr(harness.native, "UNAVAILABLE_REASON", "not built")
+    assert harness._library() == {}
+
+
 def test_results_of_uncommitted_code_are_rejected_in_the_repository_only(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(harness, "_CHANGED", ["setup.py"])
+    monkeypatch.setattr(harness, "_COMMIT", "0123456789ab+changes")
     with pytest.raises(SystemExit, match=r"uncommitted changes \(setup.py\): commit them, or .* --results"):
         harness.require_clean_tree(tmp_path / "results" / "avx512")
     with pytest.raises(SystemExit):

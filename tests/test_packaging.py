@@ -78,6 +78,7 @@ def test_a_cuda_source_that_does_not_compile_costs_only_itself(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     record = json.loads((tmp_path / CUDA_RECORD).read_text())
+    assert record["commit"] == ""  # an sdist is no checkout
     assert list(record["missing"]) == ["cross_entropy"]
     assert "#error a planted mistake" in record["missing"]["cross_entropy"]["output"]
     architectures = record["architectures"]

@@ -38,6 +38,8 @@ class CudaBuild:
         architectures: By file of csrc/cuda, the targets for which it was compiled: "80", "90a", "120+PTX", ….
         missing: By file that is not in the library, "error": the reason and what to do; "output": nvcc's output.
         slow: By file, ptxas' warnings of spilled registers and serialised wgmma.
+        commit: Commit of the checkout from which the library was built, "-dirty" with uncommitted changes; empty if it
+            is not known.
     """
 
     nvcc: str | None
@@ -45,6 +47,7 @@ class CudaBuild:
     architectures: dict[str, list[str]]
     missing: dict[str, dict[str, str]]
     slow: dict[str, list[str]]
+    commit: str = ""
 
 
 def _read() -> tuple[CudaBuild, Path] | None:
