@@ -35,6 +35,7 @@ TOLERANCE = {torch.bfloat16: 0.1, torch.float32: 1e-4}
 SAME_MASKS = ("bertfast", "bertfast-cuda", "definition")  # the others draw other dropout masks
 EPS = 1e-12  # of LayerNorm in BERT
 VOCAB_SIZE = 30522
+PREDICTED_TOKENS = 32_768  # of the cases whose times `bench.sass_model` predicts
 
 
 Output = Tensor | tuple[Tensor, ...]
@@ -79,6 +80,11 @@ class Case(ABC):
         """Return normally distributed values in the precision of the case."""
         return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(self.dtype)
 
+    @property
+    def predicted_case(self) -> str | None:
+        """What bench/results/sass_model.md calls the case; None if it is none of those."""
+        return None
+
     @abstractmethod
     def inputs(self, generator: torch.Generator) -> Sequence[Tensor]:
         """Return random inputs of the operation that have a gradient, on DEVICE."""
@@ -102,6 +108,12 @@ class RowsCase(Case):
     @property
     def size(self) -> str:
         return f"{self.rows}x{self.width}"
+
+    @property
+    def predicted_case(self) -> str | None:
+        if self.rows != PREDICTED_TOKENS or self.dtype != torch.bfloat16:
+            return None
+        return f"{self.width:,} columns" + ", dropout" * bool(self.dropout)
 
 
 @dataclass(frozen=True)
@@ -144,9 +156,9 @@ def dropout_over(sequences: Sequences, p: float, site: str) -> Dropout | None:
     return rng.dropout(p, site, None if site == "embeddings" else 0)
 
 
-def packed(rows: int) -> Sequences:
-    """Return sequences of at most 512 tokens with `rows` tokens in total."""
-    lengths = [512] * (rows // 512) + ([rows % 512] if rows % 512 else [])
+def packed(rows: int, length: int = 512) -> Sequences:
+    """Return sequences of at most `length` tokens with `rows` tokens in total."""
+    lengths = [length] * (rows // length) + ([rows % length] if rows % length else [])
     return Sequences.from_lengths(lengths, device=DEVICE)
 
 
@@ -271,12 +283,12 @@ def _expected(case: Case) -> list[Tensor]:
 
 @lru_cache(maxsize=2)
 def _baseline(case: Case) -> list[Tensor]:
-    return _definition(case, case.dtype)
+    return _definition(case)
 
 
-def _definition(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """Return the outputs and gradients of the reference in a dtype."""
-    inputs = [x.to(dtype).requires_grad_() for x in case.inputs(_generator(0))]
+def _definition(case: Case, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Return the outputs and gradients of the reference, with all inputs in a dtype; None: with those of the case."""
+    inputs = [x.to(dtype or x.dtype).requires_grad_() for x in case.inputs(_generator(0))]
     outputs = _outputs(case.definition(*inputs))
     gradients = torch.autograd.grad(outputs, inputs, _output_gradients(outputs))
     return [*(output.detach() for output in outputs), *gradients]

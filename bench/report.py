@@ -12,18 +12,22 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from bench import gpu_clocks
 from bench.figures import plot_operators, runs_of
+from bench.sass_model.predictions import PAGE, predicted_times
 
 RUN = ["case", "direction", "implementation", "µs", "20 to 80 %", "GB/s", "TFLOP/s", "roofline efficiency", "error"]
 RUN += ["extra MB", "clock"]  # memory beyond inputs and gradients; see `harness.device_seconds`
+CALL = ("operation", "case", "direction", "implementation")
+KERNEL = [*CALL, "kernel", "launches", "µs of one", "predicted µs", "measured / predicted"]
 SHORT = ("operation", "case", "direction", "bertfast µs", "roofline efficiency", "fastest other", "other µs", "ratio")
 STEP = ("case", "tokens", "bertfast ms", "other", "other ms", "ratio", "GEMM efficiency")
+OWN_STEP = ("case", "tokens", "ms", "captured", "predicted ms", "measured / predicted")
 PART = ("part", "s", "status", "last line")
 CLOCK = ("GPU", "minimum", "median", "maximum")
 GOAL = ("operation", "case", "direction", "against", "target", "reached")
@@ -69,6 +73,11 @@ def summary(results: list[dict[str, Any]]) -> str:
     for operation in dict.fromkeys(run["operation"] for run in runs):
         rows = [_operation_row(run) for run in runs if run["operation"] == operation]
         sections += [f"## {operation}", _table(RUN, rows)]
+    predicted = predicted_times()
+    called = [call for result in results for call in result.get("kernels", [])]
+    if kernels := [row for call in called for row in _kernel_rows(call, predicted)]:
+        text = f"Predicted times are those of {PAGE.name} in bench/results, of one launch without the gap after it."
+        sections += ["## Kernels", text, _table(KERNEL, kernels)]
     skipped = [entry for result in results for entry in result.get("not_timed", [])]
     if skipped:
         sections += ["## Not timed", _table(SKIPPED, _merged(skipped))]
@@ -100,6 +109,11 @@ def short(results: list[dict[str, Any]]) -> str:
     steps = [row for result in results if "bertfast_median_s" in result for row in _step_rows(result)]
     if steps:
         sections += ["## One pre-training step", _table(STEP, steps)]
+    own = [result["train_step"] for result in results if "train_step" in result]
+    if own:
+        predicted = predicted_times()
+        rows = [_train_step_row(step, predicted) for step in own]
+        sections += ["## The step of bertfast pretrain", _table(OWN_STEP, rows)]
     return "\n\n".join(sections) or "Nothing was measured."
 
 
@@ -154,6 +168,21 @@ def _operation_row(run: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _kernel_rows(call: dict[str, Any], predicted: dict[str, float]) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each kernel of a call; `predicted` has the times in µs by "kernel, case"."""
+    for name, times in call["kernels"].items():
+        # The page names Triton's kernels without this suffix, and those in CUDA C++ with their template arguments.
+        kernel = name if "<" in name else name.removesuffix("_kernel")
+        measured, expected = 1e6 * times["median_s"], predicted.get(f"{kernel}, {call['predicted_case']}")
+        yield (
+            *(call[key] for key in CALL),
+            name,
+            f"{times['launches']:g}",
+            f"{measured:.4g}",
+            *(("", "") if expected is None else (f"{expected:g}", f"{measured / expected:.2f}")),
+        )
+
+
 def _short_row(key: tuple[str, str, str], runs: list[dict[str, Any]]) -> tuple[str, ...] | None:
     fused = next((run for run in runs if run["implementation"] == "bertfast"), None)
     if fused is None:
@@ -182,6 +211,19 @@ def _step_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
         for name in result["seconds"]
         if name != "bertfast"
     ]
+
+
+def _train_step_row(step: dict[str, Any], predicted: dict[str, float]) -> tuple[str, ...]:
+    """Return a row for a result of `bench.end_to_end.train_step`; `predicted` has times in µs by "kernel, case"."""
+    expected = predicted.get(f"pre-training step, {step['predicted_case']}")
+    measured = 1e3 * step["median_s"]
+    return (
+        step["case"],
+        f"{step['tokens']:,}",
+        f"{measured:.2f}",
+        "yes" if step["captured"] else "no",
+        *(("", "") if expected is None else (f"{expected / 1e3:.2f}", f"{1e3 * measured / expected:.2f}")),
+    )
 
 
 def _merged(skipped: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -36,7 +36,7 @@ def test_predictions_are_below_the_limit_and_say_what_bounds_them():
 
 
 LINES = [
-    f"| {predict._COLUMNS} |",
+    f"| {predict.COLUMNS} |",
     "|---" * 11 + "|",
     "| attention_forward | length 512 | 128 x 64, 8 warps | 106 | 2 | 9,831 | 129.0 | 400 | 1,573 | 40% | dram 87% |",
     "| both kernels | length 512 | | | | | 440.7 | 292 | | | |",

@@ -6,7 +6,7 @@ from bench.sass_model import predict, targets
 from bench.sass_model.cuda_cases import cuda_cases
 from bench.sass_model.cuda_training_cases import cuda_training_cases
 
-HEAD = [f"| {predict._COLUMNS} |", "|---" * 11 + "|"]
+HEAD = [f"| {predict.COLUMNS} |", "|---" * 11 + "|"]
 
 
 def line(kernel: str, case: str, time: float, tflops: str, share: str, bound: str) -> str:

@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.cases import (
     BACKEND,
+    PREDICTED_TOKENS,
     Case,
     Factory,
     Function,
@@ -56,6 +57,16 @@ class AttentionCase(Case):
     @property
     def size(self) -> str:
         return f"{self.label}-d{self.dimension}" + (f"-w{self.window}" if self.window is not None else "")
+
+    @property
+    def predicted_case(self) -> str | None:
+        is_predicted = self.dtype == torch.bfloat16 and abs(sum(self.lengths) - PREDICTED_TOKENS) < 300
+        if not is_predicted:
+            return None
+        shortest, longest = min(self.lengths), max(self.lengths)
+        name = f"length {longest:,}" if shortest == longest else f"lengths {shortest} to {longest:,}"
+        name += ", dropout" * bool(self.dropout) + (f", window {self.window}" if self.window is not None else "")
+        return name + (f", {self.heads} heads of {self.dimension}" if self.dimension != 64 else "")
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -205,11 +216,12 @@ def _only_full(case: AttentionCase, name: str, dropout: bool = False) -> None:
         pytest.skip(f"{name} is compared without a window only")
 
 
-EQUAL = {length: (length,) * (32_768 // length) for length in (128, 512, 2048)}
+EQUAL = {length: (length,) * (32_768 // length) for length in (128, 300, 512, 2048)}
 # Lengths distributed as in texts: lognormal with mean 128, at most 512.
 RAGGED = tuple(min(round(math.exp(NormalDist(4.61, 0.7).inv_cdf((i + 0.5) / 64))), 512) for i in range(64))
 ON_CPU = {"8x512": (512,) * 8, "32x128": (128,) * 32, "64-ragged": RAGGED}
 MIXED = tuple(torch.linspace(128, 512, 102).round().int().tolist())
+SWEEP = tuple(range(4, 513, 4))  # as in `bench.sass_model.cases`
 CASES = {
     "small": in_both_precisions(
         *(AttentionCase(label="mixed", lengths=(40, 33, 7), heads=2, dimension=32, dropout=p) for p in (0.0, 0.1)),
@@ -231,10 +243,15 @@ CASES = {
         AttentionCase(label="2048", lengths=EQUAL[2048]),
         AttentionCase(label="2048", lengths=EQUAL[2048], dropout=0.1),
     ],
+    "predicted": [
+        *(AttentionCase(label="300", lengths=EQUAL[300], dropout=p) for p in (0.0, 0.1)),
+        *(AttentionCase(label="4-to-512", lengths=SWEEP, dropout=p) for p in (0.0, 0.1)),
+        *(AttentionCase(label="512", lengths=EQUAL[512], heads=6, dimension=128, dropout=p) for p in (0.0, 0.1)),
+        AttentionCase(label="512", lengths=EQUAL[512], window=64),
+    ],
     "rest": [
         AttentionCase(label="mixed", lengths=MIXED),
         AttentionCase(label="mixed", lengths=MIXED, dropout=0.1),
-        AttentionCase(label="512", lengths=EQUAL[512], heads=6, dimension=128),
         AttentionCase(label="512", lengths=EQUAL[512], heads=24, dimension=32),
     ],
 }

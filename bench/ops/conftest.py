@@ -1,6 +1,6 @@
 """Check every implementation of an operation on every case against float64, then time it.
 
-    pytest bench/ops --benchmark-json=FILE [--shapes small|main|all]
+    pytest bench/ops --benchmark-json=FILE [--shapes small|main|predicted|all]
     pytest bench/ops/attention.py --benchmark-disable    # only the check
 
 Implementations that are wrong or cannot run are not timed; the JSON file lists them with the reason. It is written
@@ -26,12 +26,18 @@ import torch
 from bench.cases import calls, checked, extra_memory, measured
 from bench.ceilings import ceilings
 from bench.harness import ON_GPU, compile_backward_with_forward, device_seconds, origin, require_clean_tree, time_limit
+from bench.kernel_times import kernel_times
 from bertfast.runtime.atomic_write import write_atomically
 
 collect_ignore = ["conftest.py"]
-SHAPES = {"small": ("small",), "main": ("main",), "all": ("main", "rest")}
+SHAPES = {
+    "small": ("small",),
+    "main": ("main",),
+    "predicted": ("main", "predicted"),
+    "all": ("main", "predicted", "rest"),
+}
 COMPILED = ("flex", "torch.compile")  # they compile for seconds, and a time limit may stop them
-RESULT: dict[str, Any] = {"benchmarks": [], "not_timed": []}  # what the JSON file will have besides the origin
+RESULT: dict[str, Any] = {"benchmarks": [], "kernels": [], "not_timed": []}  # what the JSON file has, with the origin
 
 
 class Clock:
@@ -57,10 +63,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--shapes",
         choices=SHAPES,
         default="all" if ON_GPU else "small",
-        help="small: to try the programs, main: the most important sizes, all (default: all on a GPU, small on a CPU)",
+        help="small: to try the programs, main: the most important sizes, predicted: these and further ones of "
+        "bench/results/sass_model.md, all (default: all on a GPU, small on a CPU)",
     )
     parser.addoption("--case-seconds", type=int, default=0, help="time limit of a case in seconds (0: none)")
     parser.addoption("--ceilings", type=Path, help="result file of bench.ceilings (default: they are measured again)")
+    help_text = "on a GPU, time the kernels of each call one by one, instead of the call"
+    parser.addoption("--kernels", action="store_true", help=help_text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -82,7 +91,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     runs = [
         (str(case), implementation, direction)
         for shape in SHAPES[metafunc.config.getoption("shapes")]
-        for case in module.CASES[shape]
+        for case in module.CASES.get(shape, [])
         for implementation in module.IMPLEMENTATIONS
         for direction in case.directions
     ]
@@ -170,7 +179,7 @@ def measure(
     def run() -> None:
         try:
             with time_limit(request.config.getoption("--case-seconds")):
-                _measure(request.module, request.config, benchmark, case, implementation, direction)
+                _measure(request.module, request.config, case, implementation, direction, benchmark)
         except Exception as error:
             if implementation.startswith("bertfast") and not _is_unavailable(error, implementation):
                 raise
@@ -185,27 +194,32 @@ def _is_unavailable(error: Exception, implementation: str) -> bool:
 
 
 def _measure(
-    module: ModuleType, config: pytest.Config, benchmark: Any, name: str, implementation: str, direction: str
+    module: ModuleType, config: pytest.Config, name: str, implementation: str, direction: str, benchmark: Any
 ) -> None:
     case = next(case for cases in module.CASES.values() for case in cases if str(case) == name)
     made, error, wrong = checked(module.IMPLEMENTATIONS[implementation], case, implementation)
     if wrong:
         (pytest.fail if implementation.startswith("bertfast") else pytest.skip)(wrong)
+    where = {"operation": module.__name__.rpartition(".")[2], "case": name}
+    where |= {"implementation": implementation, "direction": direction}
     repeated = calls(case, made, direction)
-    if benchmark.disabled:
+    if config.getoption("kernels") and ON_GPU:
+        times = {"predicted_case": case.predicted_case, "kernels": kernel_times(repeated)}
+        RESULT["kernels"].append({**where, **times})
+        save(config)
+    if config.getoption("kernels") or benchmark.disabled:
         benchmark.pedantic(repeated[0])
         return
     samples, clock = device_seconds(repeated)
     lower_bound = case.work(direction).lower_bound(measured_ceilings(config.getoption("--ceilings")))
-    operation = module.__name__.rpartition(".")[2]
     info = {
-        "operation": operation,
+        **where,
         "clock": clock,
         "extra_memory_bytes": extra_memory(case, made),
         **measured(case, implementation, direction, samples, lower_bound, error),
     }
     RESULT["benchmarks"].append({"extra_info": info, "stats": {"median": median(samples), "data": samples}})
     save(config)
-    benchmark.group = f"{operation} {name} {direction}"
+    benchmark.group = f"{where['operation']} {name} {direction}"
     remaining = iter(samples)
     benchmark.pedantic(lambda: CLOCK.advance(next(remaining)), rounds=len(samples))

@@ -36,6 +36,10 @@ class GatedActivationCase(RowsCase):
     def size(self) -> str:
         return f"{super().size}-{self.activation}"
 
+    @property
+    def predicted_case(self) -> str | None:
+        return super().predicted_case if self.activation == "gelu" else None
+
     def inputs(self, generator: torch.Generator) -> list[Tensor]:
         return [self.normal(generator, self.rows, 2 * self.width)]
 

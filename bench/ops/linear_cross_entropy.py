@@ -32,29 +32,42 @@ from bench.cases import (
 )
 from bench.harness import DEVICE, ON_GPU
 from bertfast import ops
+from bertfast.kernels.logits_in_chunks import equal_chunk, max_rows_on_gpu, padded_columns
 from bertfast.ops.dispatch import Implementation as Backend
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossCase(Case):
-    """`rows` of `tokens` are masked; `width` columns; a vocabulary of `vocab_size` entries."""
+    """`rows` of `tokens` are masked; `width` columns; a vocabulary of `vocab_size` entries.
+
+    If the rows are not `listed`, they are all tokens in order, as after a last layer that computes nothing else.
+    """
 
     directions: ClassVar[tuple[str, ...]] = ("inference", "training")
     tokens: int = 32_768
     rows: int = 5_000
     width: int
     vocab_size: int = VOCAB_SIZE
+    listed: bool = True
 
     @property
     def size(self) -> str:
-        return f"{self.rows}x{self.width}x{self.vocab_size}"
+        return f"{self.rows}x{self.width}x{self.vocab_size}" + "-all-rows" * (not self.listed)
+
+    @property
+    def predicted_case(self) -> str | None:
+        if self.dtype != torch.bfloat16:
+            return None
+        chunk = equal_chunk(self.rows, max_rows_on_gpu(padded_columns(self.vocab_size) * self.dtype.itemsize))
+        return f"{chunk:,} rows of {self.vocab_size:,}"
 
     @cached_property
-    def masked(self) -> tuple[Tensor, Tensor]:
-        """Indices of the masked rows, ascending, and their labels, both int64 [rows]."""
+    def masked(self) -> tuple[Tensor | None, Tensor]:
+        """Indices of the masked rows, ascending, or None for all, and their labels, both int64 [rows]."""
         generator = torch.Generator(DEVICE).manual_seed(0)
         rows = torch.randperm(self.tokens, generator=generator, device=DEVICE)[: self.rows].sort().values
-        return rows, torch.randint(self.vocab_size, (self.rows,), generator=generator, device=DEVICE)
+        labels = torch.randint(self.vocab_size, (self.rows,), generator=generator, device=DEVICE)
+        return rows if self.listed else None, labels
 
     def inputs(self, generator: torch.Generator) -> list[Tensor]:
         hidden = self.normal(generator, self.tokens, self.width)
@@ -80,11 +93,17 @@ def fused(case: LossCase, implementation: Backend | None = BACKEND) -> Function:
     )[0]
 
 
-def plain(case: LossCase) -> Function:
+def selection(case: LossCase) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return a function that selects the masked rows of hidden [tokens, width], and their labels."""
     rows, labels = case.masked
+    return (lambda hidden: hidden) if rows is None else (lambda hidden: hidden.index_select(0, rows)), labels
+
+
+def plain(case: LossCase) -> Function:
+    select, labels = selection(case)
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        logits = F.linear(hidden.index_select(0, rows), weight, bias)
+        logits = F.linear(select(hidden), weight, bias)
         return F.cross_entropy(logits.float(), labels, reduction="sum")
 
     return function
@@ -93,11 +112,11 @@ def plain(case: LossCase) -> Function:
 def chunked(case: LossCase) -> Function:
     if not hasattr(F, "linear_cross_entropy"):
         pytest.skip("F.linear_cross_entropy requires torch 2.13")
-    rows, labels = case.masked
+    select, labels = selection(case)
     options = torch.nn.LinearCrossEntropyOptions()
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        masked = hidden.index_select(0, rows)
+        masked = select(hidden)
         loss: Tensor = F.linear_cross_entropy(
             masked, weight, labels, linear_bias=bias, reduction="sum", options=options
         )
@@ -108,28 +127,32 @@ def chunked(case: LossCase) -> Function:
 
 def with_liger(case: LossCase) -> Function:
     loss = liger().liger_fused_linear_cross_entropy
-    rows, labels = case.masked
-    return lambda hidden, weight, bias: loss(hidden.index_select(0, rows), weight, labels, bias, reduction="sum")
+    select, labels = selection(case)
+    return lambda hidden, weight, bias: loss(select(hidden), weight, labels, bias, reduction="sum")
 
 
 def cut_cross_entropy(case: LossCase) -> Function:
     loss = pytest.importorskip("cut_cross_entropy", exc_type=ImportError).linear_cross_entropy
-    rows, labels = case.masked
+    select, labels = selection(case)
     # Its filter drops gradients below 2^-12, which are nearly all of them in an untrained model. Its kernels are in
     # Triton; on a CPU it has a compiled form.
     options = {"filter_eps": None} if ON_GPU else {"impl": "torch_compile"}
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = loss(hidden.index_select(0, rows), weight, labels, reduction="sum", **options)
+        result: Tensor = loss(select(hidden), weight, labels, reduction="sum", **options)
         return result
 
     return function
 
 
 CASES = {
-    "small": in_both_precisions(LossCase(tokens=40, rows=9, width=48, vocab_size=100)),
+    "small": in_both_precisions(
+        LossCase(tokens=40, rows=9, width=48, vocab_size=100),
+        LossCase(tokens=9, rows=9, width=48, vocab_size=100, listed=False),
+    ),
     "cpu": in_both_precisions(LossCase(tokens=2048, rows=307, width=768)),
     "main": [LossCase(width=768)],
+    "predicted": [LossCase(tokens=5000, width=768, listed=False)],
     "rest": [LossCase(width=1024)],
 }
 IMPLEMENTATIONS: dict[str, Factory] = {

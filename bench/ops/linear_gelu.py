@@ -31,6 +31,10 @@ class LinearGeluCase(RowsCase):
     def size(self) -> str:
         return f"{self.rows}x{self.width}x{4 * self.width}"
 
+    @property
+    def predicted_case(self) -> str | None:
+        return None if super().predicted_case is None else f"{self.width} x {4 * self.width:,}"
+
     def inputs(self, generator: torch.Generator) -> list[Tensor]:
         columns = 4 * self.width
         weight = self.normal(generator, columns, self.width, scale=self.width**-0.5)

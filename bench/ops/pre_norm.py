@@ -41,6 +41,10 @@ class PreNormCase(RowsCase):
     def size(self) -> str:
         return super().size + ("-rms" if self.rms else "")
 
+    @property
+    def predicted_case(self) -> str | None:
+        return None if self.rms else super().predicted_case
+
     @cached_property
     def drop(self) -> Dropout | None:
         """Dropout of x."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.cases import (
     BACKEND,
+    PREDICTED_TOKENS,
     Case,
     Factory,
     Function,
@@ -36,6 +37,11 @@ class RotaryCase(Case):
     @property
     def size(self) -> str:
         return f"{self.tokens}x{self.heads}-d{self.dimension}"
+
+    @property
+    def predicted_case(self) -> str | None:
+        is_predicted = self.tokens == PREDICTED_TOKENS and self.dtype == torch.bfloat16
+        return f"{self.heads} heads of {self.dimension}" if is_predicted else None
 
     @cached_property
     def table(self) -> Tensor:

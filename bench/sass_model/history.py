@@ -22,7 +22,8 @@ from pathlib import Path
 
 from bench.harness import ROOT, require_clean_tree
 from bench.sass_model import constants
-from bench.sass_model.predict import KEPT, TOLERANCE, time_of_row
+from bench.sass_model.predict import KEPT, TOLERANCE
+from bench.sass_model.predictions import microseconds
 
 
 def main() -> int:
@@ -62,11 +63,6 @@ def predict_again(commit: str, options: list[str]) -> list[str]:
         environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
         ran = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         return ran.stdout.splitlines()
-
-
-def microseconds(lines: list[str]) -> dict[str, float]:
-    """Return the times in a table of predictions, by kernel and case."""
-    return {key: time for key, time in map(time_of_row, lines) if key}
 
 
 def table(times: dict[str, dict[str, float]]) -> list[str]:

@@ -13,7 +13,6 @@ C++ sources are no longer those of the file. docs/KERNELS.md says what the model
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,14 +32,13 @@ from bench.sass_model.cuda_training_cases import cuda_training_cases
 from bench.sass_model.kernel_time import Kernel, Prediction, Work, predict
 from bench.sass_model.machine_code import Code, kept_sources_hash, nvcc_version, pack, read_cuda, sources_hash
 from bench.sass_model.mixed_lengths import Batch, predict_mixed, predict_persistent
+from bench.sass_model.predictions import COLUMNS, PAGE, time_of_row
 from bench.sass_model.training_cases import training_launches
 from bench.sass_model.workloads import workloads
 
-PAGE = RESULTS / "sass_model.md"
 KEPT = RESULTS / "sass_listings.json.xz"  # code that the page predicts, see `machine_code.py`
 TOLERANCE = 0.01
 _SHAPE = ("BLOCK_M", "BLOCK_N", "BLOCK", "ROWS", "CHUNK", "COLUMNS", "DEPTH", "LANES", "WIDTH")
-_COLUMNS = "kernel | case | block | registers | per SM | cycles | µs | TFLOP/s | GB/s | of the limit | bound by"
 
 
 @dataclass(frozen=True)
@@ -228,7 +226,7 @@ def _prediction(case: Case, work: Work, kernel: Kernel, options: dict[str, Any])
 
 def table(found: list[Row]) -> list[str]:
     """Return the lines of the table; the kernels of a backward pass also get a line with their sum."""
-    lines = [f"| {_COLUMNS} |", "|---" * (_COLUMNS.count("|") + 1) + "|"]
+    lines = [f"| {COLUMNS} |", "|---" * (COLUMNS.count("|") + 1) + "|"]
     for (case, pass_flop, cuda), group in groupby(found, lambda row: (row.case, row.pass_flop, row.cuda)):
         members = list(group)
         lines += ["| " + " | ".join(row.cells()) + " |" for row in members]
@@ -275,14 +273,6 @@ def differences(new: list[str], page: list[str], whole: bool = False) -> list[st
         elif abs(old[key] - value) > TOLERANCE * value:
             found.append(f"{key}: the page has {old[key]} µs, this is {value}")
     return found
-
-
-def time_of_row(line: str) -> tuple[str, float]:
-    """Return kernel and case of a row, and its time in µs; an empty name for other lines."""
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    if len(cells) != _COLUMNS.count("|") + 1 or not re.fullmatch(r"[\d.]+", cells[6]):
-        return "", 0.0
-    return f"{cells[0]}, {cells[1]}", float(cells[6])
 
 
 if __name__ == "__main__":
