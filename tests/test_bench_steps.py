@@ -8,12 +8,14 @@ import pytest
 import torch
 from test_bench import program, run
 
-from bench.end_to_end import pretraining_step
+from bench import report
+from bench.end_to_end import pretraining_step, train_step
 from bench.end_to_end.step_cases import ALL, CASES, GPU_CASES, MODERNBERT_CASES
 from bench.figures import case_title, step_case
 from bench.harness import compile_backward_with_forward
 from bench.page.data import data_text
 from bench.page.rows import Result
+from bench.sass_model.predictions import predicted_times
 from bertfast.architectures import FAMILIES
 
 pytestmark = pytest.mark.slow
@@ -68,6 +70,19 @@ def test_different_results_do_not_drop_the_other_cases(tmp_path, monkeypatch, ca
         pretraining_step.main()
     assert "trial: the losses differ" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["pretraining_step-trial-wikipedia.json"]
+
+
+def test_the_step_of_a_pretraining_run_is_timed_and_reported(tmp_path):
+    program("end_to_end.train_step", "trial", "--repeats=2", f"--results={tmp_path}")
+    step = json.loads((tmp_path / "train_step-trial.json").read_text())["train_step"]
+    assert (step["tokens"], len(step["seconds"])) == (64, 2)
+    assert step["captured"] == torch.cuda.is_available()
+    assert "| trial | 64 | " in report.short([{"train_step": step}])
+    expected = predicted_times()["pre-training step, length 128, fp32 stream, Triton"]
+    case = train_step.CASES["128-fp32-stream"]
+    assert case.sequences * case.length == 32_768
+    step |= {"predicted_case": case.predicted_case, "median_s": 2e-6 * expected}
+    assert f" | {expected / 1e3:.2f} | 2.00 |" in report.short([{"train_step": step}])
 
 
 def test_cases_of_steps_are_named_after_model_batch_and_precision():
