@@ -1,5 +1,5 @@
 # `make demo | test-fast | test | test-all | lint | types | docs | wheels | bench | soak | gpu-check | clean`. Every target makes
-# .venv once if it is missing, except gpu-check, gpu-check-accuracy and gpu-check-speed, which use the environment that they find.
+# .venv once if it is missing, except gpu-check and its parts, which use the environment that they find.
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/ready
@@ -49,7 +49,7 @@ BENCH = PYTHONPATH=$${BENCH_PATH:+$$BENCH_PATH:}$(CURDIR) $(BIN)/python -m bench
 
 .PHONY: demo wheel wheels test-environments test-fast test checked emulated nvccs test-all lint compiled-tables types docs soak clean
 .PHONY: bench bench-all bench-compare bench-learning bench-operators bench-step bench-inference bench-growth bench-instructions bench-figures
-.PHONY: gpu-check gpu-check-accuracy gpu-check-speed
+.PHONY: gpu-check gpu-check-accuracy gpu-check-speed gpu-check-predictions
 
 $(READY): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
@@ -271,6 +271,10 @@ gpu-check-accuracy:
 
 gpu-check-speed:
 	$(call GPU_CHECK,speed)
+
+# Times kernels one by one, and the step of bertfast pretrain, next to what bench/results/sass_model.md predicts (four minutes).
+gpu-check-predictions:
+	$(call GPU_CHECK,predictions)
 
 gpu-check:
 	$(call GPU_CHECK,accuracy); accuracy=$$?; $(call GPU_CHECK,speed) && exit $$accuracy

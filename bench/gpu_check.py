@@ -1,13 +1,14 @@
-"""Check the kernels on a GPU: whether their results are correct (3 minutes), and how fast they are (6 minutes).
+"""Check the kernels on a GPU: are they right (3 minutes), how fast (6 minutes), and as fast as predicted (4 minutes)?
 
-    make gpu-check-accuracy | gpu-check-speed | gpu-check [PYTHON=…] [RESULTS=FOLDER] [WHEEL=FILE] [PROBES=FILE]
-    python -m bench.gpu_check accuracy|speed [--results FOLDER] [--wheel FILE] [--probes FILE]
+    make gpu-check | gpu-check-accuracy | gpu-check-speed | gpu-check-predictions
+        [PYTHON=…] [RESULTS=FOLDER] [WHEEL=FILE] [PROBES=FILE]
+    python -m bench.gpu_check accuracy|speed|predictions [--results FOLDER] [--wheel FILE] [--probes FILE]
 
 The Python and the packages of the environment are used, and nothing is installed; a wheel is unpacked into a temporary
-folder, and without a wheel the checkout runs. All results go to one file, FOLDER/gpu-check-accuracy.tar or
-gpu-check-speed.tar, which is replaced after each part and every few seconds, so that an interrupted run keeps its
-results. Each part has a time limit. Parts whose requirements (the native library, probes) are missing are skipped, with
-the reason. Both commands also run without a GPU, at small sizes.
+folder, and without a wheel the checkout runs. All results go to one file, such as FOLDER/gpu-check-accuracy.tar, which
+is replaced after each part and every few seconds, so that an interrupted run keeps its results. Each part has a time
+limit. Parts whose requirements (the native library, probes) are missing are skipped, with the reason. All commands also
+run without a GPU, at small sizes. `gpu-check` is accuracy and speed.
 
 The exit status is 1 if a part failed; for accuracy also if one did not finish, so that 0 says that all was checked.
 """
@@ -31,6 +32,7 @@ if find_spec("torch") is None:
     sys.exit(f"{sys.executable} has no PyTorch: name another Python: make gpu-check PYTHON=.venv/bin/python")
 import torch
 
+from bench import gpu_clocks
 from bench.part_runner import NOT_REACHED, ROOT, STOPPED, Outcome, Part, exit_on_signals, pack, run, with_site
 
 ON_GPU = torch.cuda.is_available()
@@ -51,11 +53,18 @@ LIMITS = {
         "pretraining step, compiled": 85,
         "report": 10,
     },
+    "predictions": {
+        "ceilings": 15,
+        "step of bertfast pretrain": 55,
+        "predicted kernels": 85,
+        "predicted CUDA C++ kernels": 60,
+        "report": 10,
+    },
 }
-BUDGET = {"accuracy": 180, "speed": 360}  # time limit of a command in seconds
+BUDGET = {"accuracy": 180, "speed": 360, "predictions": 240}  # time limit of a command in seconds
 RESERVE = 15  # seconds to start, and to stop a part at its limit
 # How a part ends if the exit status is to be 1. A benchmark that is stopped keeps what it has measured.
-FAILURES = {"accuracy": ("failed", STOPPED, NOT_REACHED), "speed": ("failed",)}
+FAILURES = {"accuracy": ("failed", STOPPED, NOT_REACHED), "speed": ("failed",), "predictions": ("failed",)}
 CASE_SECONDS = 30  # time limit of one implementation of one case; the first call compiles up to four kernels
 COMPILE_SECONDS = 60  # time limit of compiling transformers' step
 NO_GPU = "there is no GPU"
@@ -81,7 +90,9 @@ print(json.dumps({"origin": origin(), "no_library": missing_library()}))
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "check", choices=LIMITS, help="accuracy: errors of the kernels against float64; speed: their times"
+        "check",
+        choices=LIMITS,
+        help="accuracy: errors of the kernels against float64; speed: their times; predictions: kernels one by one",
     )
     parser.add_argument("--results", type=Path, default=ROOT / "build", help="folder of the tar file (default: build)")
     parser.add_argument("--wheel", type=Path, help="check this wheel instead of the checkout")
@@ -108,7 +119,8 @@ def main() -> int:
         print_environment(origin)
         probes = str(arguments.probes.resolve()) if arguments.probes else None
         found = parts(arguments.check, Path(folder), no_library, probes)
-        outcomes = run_all(found, arguments.check, Path(folder), site, target, end, origin)
+        with gpu_clocks.recorded_clocks(Path(folder, gpu_clocks.FILE)):
+            outcomes = run_all(found, arguments.check, Path(folder), site, target, end, origin)
         print_tables(Path(folder, "report.log"))
     print(f"all results are in {target}")
     return exit_status(arguments.check, outcomes)
@@ -223,7 +235,10 @@ def unpack(wheel: Path, site: str) -> None:
 
 def parts(check: str, folder: Path, no_library: str | None, probes: str | None) -> Iterator[Part]:
     """Yield the parts of a check in their order."""
-    yield from accuracy_parts(no_library, probes) if check == "accuracy" else speed_parts(folder, no_library)
+    if check == "accuracy":
+        yield from accuracy_parts(no_library, probes)
+    else:
+        yield from speed_parts(folder, no_library) if check == "speed" else prediction_parts(folder, no_library)
 
 
 def accuracy_parts(no_library: str | None, probes: str | None) -> Iterator[Part]:
@@ -287,7 +302,22 @@ def speed_parts(folder: Path, no_library: str | None) -> Iterator[Part]:
     yield Part("report", [[python, "-m", "bench.report", str(folder)]])
 
 
-def benchmark(folder: Path, name: str, chosen: str, *operators: str) -> list[str]:
+def prediction_parts(folder: Path, no_library: str | None) -> Iterator[Part]:
+    """Yield the parts that measure what `bench.sass_model` predicts: steps of a pre-training run, single kernels."""
+    python, results = sys.executable, ["--results", str(folder)]
+    yield Part("ceilings", [[python, "-m", "bench.ceilings", *results]])
+    step = [python, "-m", "bench.end_to_end.train_step", *results]
+    yield Part("step of bertfast pretrain", [[*step, *([] if ON_GPU else ["trial"])]], needs("transformers"))
+    missing = needs("pytest_benchmark") if ON_GPU else NO_GPU
+    options = ["--kernels", "--benchmark-disable"]
+    of_triton = benchmark(folder, "kernels", "bertfast- and not bertfast-cuda", *OPERATORS, shapes="predicted")
+    yield Part("predicted kernels", [[*of_triton, *options]], missing)
+    of_cuda = benchmark(folder, "cuda", "bertfast-cuda", *OPERATORS, shapes="predicted")
+    yield Part("predicted CUDA C++ kernels", [[*of_cuda, *options]], missing or no_library)
+    yield Part("report", [[python, "-m", "bench.report", str(folder)]])
+
+
+def benchmark(folder: Path, name: str, chosen: str, *operators: str, shapes: str = "main") -> list[str]:
     """Return the command that measures operators, with their ceilings, and writes NAME.json.
 
     Args:
@@ -295,8 +325,9 @@ def benchmark(folder: Path, name: str, chosen: str, *operators: str) -> list[str
         name: Name of the JSON file.
         chosen: Which implementations run, as pytest's `-k`.
         operators: Files of bench/ops.
+        shapes: Sizes on a GPU.
     """
-    options = [f"--case-seconds={CASE_SECONDS}", f"--shapes={'main' if ON_GPU else 'small'}", "-k", chosen]
+    options = [f"--case-seconds={CASE_SECONDS}", f"--shapes={shapes if ON_GPU else 'small'}", "-k", chosen]
     options += [f"--ceilings={folder / 'ceilings.json'}", f"--benchmark-json={folder / name}.json"]
     return [*PYTEST, *options, *(f"bench/ops/{operator}.py" for operator in operators)]
 

@@ -96,6 +96,9 @@ def test_each_check_runs_in_a_bare_environment_and_writes_one_tar_file(check, ba
         assert run == ["self-test"]
         assert "library    none" in files["self-test.log"]
         assert re.search(r"self-test .* passed: (\d+) of \1 checks passed, 0 were not reached\.", ran.stdout)
+    elif check == "predictions":
+        assert run == ["ceilings", "step of bertfast pretrain", "report"]
+        assert "\n## The step of bertfast pretrain\n\n| case |" in ran.stdout
     else:
         assert run == ["ceilings", "pretraining step", "attention", "report"]
         assert json.loads(files["pretraining_step-trial.json"])["ratios"].keys() == {"transformers-sdpa"}
@@ -347,7 +350,7 @@ def test_a_part_without_time_is_not_reached(tmp_path):
     assert part_runner.run(part, tmp_path, "", -3.5).status == "not reached"
 
 
-@pytest.mark.parametrize(("check", "minutes"), [("accuracy", 3), ("speed", 6)])
+@pytest.mark.parametrize(("check", "minutes"), [("accuracy", 3), ("speed", 6), ("predictions", 4)])
 def test_the_limits_fit_into_the_budget(check, minutes):
     assert gpu_check.BUDGET[check] == 60 * minutes
     assert sum(gpu_check.LIMITS[check].values()) + gpu_check.RESERVE <= gpu_check.BUDGET[check]
