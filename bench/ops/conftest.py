@@ -100,7 +100,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Order the runs: those of bertfast, which a time limit must not drop, before others, and compiled ones last."""
-    items.sort(key=lambda item: _turn(item.callspec.params["implementation"]))
+    items.sort(key=lambda item: _turn(str(item.callspec.params["implementation"])))
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
