@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.harness import DEVICE, ON_GPU, ROOT, require_clean_tree, result_parser, side_by_side, stopwatch, write_result
+from bench.arguments import result_parser
+from bench.harness import DEVICE, ON_GPU, side_by_side, stopwatch
+from bench.result_files import ROOT, require_clean_tree, write_result
 from bertfast.ops import native
 from bertfast.ops.matmul import linear
 from bertfast.ops.packed_linear import pack, packed_linear

@@ -28,8 +28,9 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from bench.harness import ROOT, changed_files, require_clean_tree, result_parser, write_result
+from bench.arguments import one_of, result_parser
 from bench.installed_commits import WORK, Commit, install, resolve
+from bench.result_files import ROOT, changed_files, require_clean_tree, write_result
 
 IN_PROCESS = (
     "pre-training step",
@@ -99,13 +100,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("base", metavar="BASE", help="commit to compare with: a hash, branch or tag")
     parser.add_argument("--head", default="HEAD", metavar="REF", help="commit to measure (default: HEAD)")
     names = ", ".join(CASES)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="NAME", help=f"of {names}")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), type=one_of("case", CASES), metavar="NAME", help=f"of {names}")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of processes (default: 10)")
     parser.add_argument("--seconds", type=float, default=4.0, help="duration of a case in a round (default: 4)")
     parser.add_argument("--rebuild", action="store_true", help="install both commits again")
     arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(CASES):
-        parser.error(f"--cases: unknown name {', '.join(sorted(unknown))}; choose from {names}")
     if arguments.rounds < MIN_ROUNDS:
         parser.error(f"--rounds {arguments.rounds}: at least {MIN_ROUNDS} are needed for a confidence interval")
     if arguments.head == "HEAD" and (changed := changed_files(ROOT)):

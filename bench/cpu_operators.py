@@ -24,21 +24,13 @@ from typing import Any
 import pytest
 import torch
 
+from bench.arguments import one_of, result_parser
 from bench.cases import Case, Implementation, calls, checked, measured
 from bench.ceilings import block_throughput, gemm_throughput
 from bench.figures import plot_operators
-from bench.harness import (
-    DEVICE,
-    ON_GPU,
-    median_ratio,
-    require_clean_tree,
-    result_parser,
-    seconds_of,
-    side_by_side,
-    stopwatch,
-    write_result,
-)
+from bench.harness import DEVICE, ON_GPU, median_ratio, seconds_of, side_by_side, stopwatch
 from bench.report import read, short, summary
+from bench.result_files import require_clean_tree, write_result
 from bertfast.ops import native
 from bertfast.runtime.malloc import give_freed_memory_back, keep_freed_memory
 from bertfast.runtime.precision import has_bf16_gemm
@@ -53,12 +45,10 @@ NO_BF16 = "this processor has no bf16 instructions, and PyTorch's bf16 GEMMs are
 
 def main() -> int:
     parser = result_parser(__doc__)
-    parser.add_argument("operations", nargs="*", default=OPERATIONS, metavar="OPERATION", help=", ".join(OPERATIONS))
+    parser.add_argument("operations", nargs="*", default=OPERATIONS, type=one_of("operation", OPERATIONS), metavar="OPERATION", help=", ".join(OPERATIONS))
     parser.add_argument("--shapes", choices=("cpu", "small"), default="cpu", help="sizes; small: to try the program")
     parser.add_argument("--seconds", type=float, default=5, help="approximate seconds per case and direction")
     arguments = parser.parse_args()
-    if unknown := set(arguments.operations) - set(OPERATIONS):
-        parser.error(f"unknown operation {', '.join(sorted(unknown))}; choose from {', '.join(OPERATIONS)}")
     if ON_GPU:
         parser.error("this program measures a CPU; on a GPU run `make gpu-check`")
     require_clean_tree(arguments.results)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.bounds import step_bound
-from bench.harness import ROOT
+from bench.result_files import ROOT
 from bertfast.architectures import family_by_type
 from bertfast.runtime.plotting import COLORS
 from bertfast.runtime.settings import counted

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
+from bench.arguments import at_least_one, result_parser
 from bench.bounds import with_backward
 from bench.ceilings import layer_gemms
 from bench.end_to_end.inference import config_of
-from bench.harness import at_least_one, require_clean_tree, result_parser, seconds_of, side_by_side, write_result
+from bench.harness import seconds_of, side_by_side
+from bench.result_files import require_clean_tree, write_result
 from bertfast.ops import matmul
 
 MODELS = ("base", "minilm")

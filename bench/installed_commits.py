@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.harness import ON_GPU, ROOT
+from bench.harness import ON_GPU
+from bench.result_files import ROOT
 
 WORK = ROOT / "build" / "compare"
 NATIVE = ("csrc", "setup.py", "build_support")  # sources of the native library

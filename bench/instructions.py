@@ -18,7 +18,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.harness import RESULTS, ROOT, require_clean_tree, result_parser, write_result
+from bench.arguments import one_of, result_parser
+from bench.result_files import RESULTS, ROOT, require_clean_tree, write_result
 
 INSTRUCTION_SET = "avx2"
 OBJECTS = ROOT / "build" / "objects"  # of setup.py
@@ -36,10 +37,8 @@ TOOLS = ("g++", "valgrind")
 
 def main() -> None:
     parser = result_parser(__doc__, RESULTS)
-    parser.add_argument("kernels", nargs="*", default=list(TOKENS), metavar="KERNEL", help=f"of {', '.join(TOKENS)}")
+    parser.add_argument("kernels", nargs="*", default=list(TOKENS), type=one_of("kernel", TOKENS), metavar="KERNEL", help=f"of {', '.join(TOKENS)}")
     arguments = parser.parse_args()
-    if unknown := set(arguments.kernels) - set(TOKENS):
-        parser.error(f"unknown kernel {', '.join(sorted(unknown))}; choose from {', '.join(TOKENS)}")
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         parser.error(f"{' and '.join(missing)} must be installed")
     require_clean_tree(arguments.results)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness import ROOT, seconds_of, side_by_side
+from bench.harness import seconds_of, side_by_side
+from bench.result_files import ROOT
 from bertfast.runtime.malloc import resident_memory
 
 REPEATS = 5

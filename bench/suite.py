@@ -2,7 +2,7 @@
 
     python -m bench.suite [PART …] [--all] [--plan] [--results FOLDER] [--data FOLDER] [--model FOLDER]
 
-Results go to the folder of this processor, see `machine_folder` in `bench.harness`. A part is up to date if each of its
+Results go to the folder of this processor, see `machine_folder` in `bench.result_files`. A part is up to date if each of its
 result files was measured on this processor, from a commit without changes whose measured sources are those of now. So
 an interrupted run continues where it stopped. The estimates are those of two cores; the parts that run by default
 take about 40 minutes, the others run with their names or `--all`.
@@ -21,17 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.arguments import DATA, PUBLISHED, one_of, result_parser
 from bench.end_to_end.runtimes import HOW_TO_INSTALL, missing_runtimes
-from bench.harness import (
-    DATA,
-    DEVICE,
-    PUBLISHED,
-    ROOT,
-    changed_files,
-    origin_of,
-    require_clean_tree,
-    result_parser,
-)
+from bench.harness import DEVICE
+from bench.result_files import ROOT, changed_files, origin_of, require_clean_tree
 from bertfast.architectures import FAMILIES
 from bertfast.runtime.machine import processor
 from bertfast.runtime.precision import has_bf16_gemm
@@ -168,7 +161,7 @@ DEFAULT = [name for name, part in PARTS.items() if not part.by_name]
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {quoted(PARTS)} (default: `make bench`'s)")
+    parser.add_argument("parts", nargs="*", type=one_of("part", PARTS), metavar="PART", help=f"of {quoted(PARTS)} (default: `make bench`'s)")
     parser.add_argument("--all", action="store_true", help="run all parts, also those that otherwise run by name only")
     parser.add_argument("--plan", action="store_true", help="only print what would be measured")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
@@ -176,8 +169,6 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=default, help="folder of a published model, such as MiniLM")
     arguments = parser.parse_args()
     parts = arguments.parts or (list(PARTS) if arguments.all else DEFAULT)
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"unknown part {quoted(sorted(unknown))}; choose from {quoted(PARTS)}")
     require_clean_tree(arguments.results)
     folders = {"data": arguments.data, "model": arguments.model, "results": arguments.results}
     reasons = {name: reason_to_skip(PARTS[name], folders) for name in parts}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import harness
+from bench import arguments, harness, result_files
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.ops.cuda_build import CudaBuild
 
@@ -80,10 +80,10 @@ def test_inference_is_compared_with_the_installed_runtimes(tmp_path):
 
 
 def test_at_least_one_round_is_required():
-    assert harness.at_least_one("12") == 12
+    assert arguments.at_least_one("12") == 12
     for text in ("0", "-1", "1.5", "one"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a positive integer: type 1 or more"):
-            harness.at_least_one(text)
+            arguments.at_least_one(text)
     ran = run("-m", "bench.end_to_end.inference", "trial", "--repeats", "0")
     assert ran.returncode == 2
     assert "argument --repeats: '0' is not a positive integer" in ran.stderr
@@ -153,66 +153,66 @@ def test_changes_of_results_and_log_are_not_uncommitted_changes(tmp_path):
     commit(tmp_path, *names)
     for name in (*names[:2], "bench/untracked.py"):
         (tmp_path / name).write_text("changed")
-    assert harness.changed_files(tmp_path) == []
+    assert result_files.changed_files(tmp_path) == []
     for name in names[2:]:
         (tmp_path / name).write_text("changed")
-    assert harness.changed_files(tmp_path) == list(names[2:])
+    assert result_files.changed_files(tmp_path) == list(names[2:])
 
 
 def test_without_a_repository_nothing_is_uncommitted(tmp_path):
-    assert harness.changed_files(tmp_path) == []
+    assert result_files.changed_files(tmp_path) == []
 
 
 def test_without_a_repository_the_commit_is_that_of_a_variable(tmp_path, monkeypatch):
     monkeypatch.delenv("BERTFAST_COMMIT", raising=False)
-    assert harness.commit_of(tmp_path, False) == ""
+    assert result_files.commit_of(tmp_path, False) == ""
     monkeypatch.setenv("BERTFAST_COMMIT", "0123456789ab")
-    assert harness.commit_of(tmp_path, False) == "0123456789ab"
+    assert result_files.commit_of(tmp_path, False) == "0123456789ab"
     commit(tmp_path, "setup.py")
-    assert re.fullmatch("[0-9a-f]{12}", harness.commit_of(tmp_path, False))
-    assert harness.commit_of(tmp_path, True).endswith("+changes")
+    assert re.fullmatch("[0-9a-f]{12}", result_files.commit_of(tmp_path, False))
+    assert result_files.commit_of(tmp_path, True).endswith("+changes")
 
 
 def test_results_of_an_unknown_commit_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(harness, "_CHANGED", [])
-    monkeypatch.setattr(harness, "_COMMIT", "")
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(result_files, "_CHANGED", [])
+    monkeypatch.setattr(result_files, "_COMMIT", "")
     with pytest.raises(SystemExit, match="set BERTFAST_COMMIT to the commit of these files"):
-        harness.require_clean_tree(tmp_path / "results" / "any.json")
-    harness.require_clean_tree(tmp_path / "elsewhere")
+        result_files.require_clean_tree(tmp_path / "results" / "any.json")
+    result_files.require_clean_tree(tmp_path / "elsewhere")
 
 
 def test_the_library_of_a_result_is_identified(monkeypatch, tmp_path):
     (tmp_path / "library.so").write_bytes(b"code")
     built = CudaBuild(nvcc="13.0.88", reason=None, architectures={}, missing={}, slow={}, commit="0123-dirty")
-    monkeypatch.setattr(harness.cuda_build, "BUILD", built)
-    monkeypatch.setattr(harness.native, "UNAVAILABLE_REASON", None)
-    monkeypatch.setattr(harness.native, "path", lambda: tmp_path / "library.so")
-    found = harness._library()
+    monkeypatch.setattr(result_files.cuda_build, "BUILD", built)
+    monkeypatch.setattr(result_files.native, "UNAVAILABLE_REASON", None)
+    monkeypatch.setattr(result_files.native, "path", lambda: tmp_path / "library.so")
+    found = result_files._library()
     assert (found["nvcc"], found["commit"], len(found["sha256"])) == ("13.0.88", "0123-dirty", 16)
-    monkeypatch.setattr(harness.native, "UNAVAILABLE_REASON", "not built")
-    assert harness._library() == {}
+    monkeypatch.setattr(result_files.native, "UNAVAILABLE_REASON", "not built")
+    assert result_files._library() == {}
 
 
 def test_results_of_uncommitted_code_are_rejected_in_the_repository_only(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(harness, "_CHANGED", ["setup.py"])
-    monkeypatch.setattr(harness, "_COMMIT", "0123456789ab+changes")
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(result_files, "_CHANGED", ["setup.py"])
+    monkeypatch.setattr(result_files, "_COMMIT", "0123456789ab+changes")
     with pytest.raises(SystemExit, match=r"uncommitted changes \(setup.py\): commit them, or .* --results"):
-        harness.require_clean_tree(tmp_path / "results" / "avx512")
+        result_files.require_clean_tree(tmp_path / "results" / "avx512")
     with pytest.raises(SystemExit):
-        harness.write_result("any", {}, tmp_path / "results")
+        result_files.write_result("any", {}, tmp_path / "results")
     assert not (tmp_path / "results").exists()
-    assert harness.write_result("any", {}, tmp_path / "elsewhere").exists()
-    monkeypatch.setattr(harness, "_CHANGED", [])
-    harness.require_clean_tree(tmp_path / "results")
+    assert result_files.write_result("any", {}, tmp_path / "elsewhere").exists()
+    monkeypatch.setattr(result_files, "_CHANGED", [])
+    result_files.require_clean_tree(tmp_path / "results")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").rglob("*.py")), ids=lambda path: path.stem)
 def test_every_program_checks_the_tree_before_it_measures(path):
     source = path.read_text()
     writes = any(text in source for text in ("write_result(", "result_parser(", "RESULTS /", "--results"))
-    if path.stem != "harness" and writes:
+    if path.stem not in ("arguments", "result_files") and writes:
         assert "require_clean_tree(" in source
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench.harness import ROOT
+from bench.result_files import ROOT
 
 RESULTS = sorted((ROOT / "bench" / "results").rglob("*.json"))
 

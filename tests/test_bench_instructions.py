@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import instructions
-from bench.harness import RESULTS
+from bench.result_files import RESULTS
 
 RECORD = RESULTS / "instructions.json"
 GROWTH = 1.05

@@ -264,7 +264,7 @@ def test_chunks_contain_the_special_tokens_of_every_line(inputs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "quickest"], "unknown run quickest: choose from transformers-adamw-0.0005"),
+        (["nowhere", "quickest"], "unknown run 'quickest': choose from 'transformers-adamw-0.0005'"),
         (["nowhere"], "nothing to run: name one of transformers-adamw-0.0005"),
         (["nowhere", "--name", "fast"], "--name and --flags go together"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import harness, suite
+from bench import arguments, result_files, suite
 from bench.end_to_end import inference
 from bertfast.runtime.machine import processor
 
@@ -68,11 +68,11 @@ def test_results_of_other_machines_and_unknown_commits_are_measured_again(origin
 
 
 def test_results_of_a_processor_share_a_folder(tmp_path):
-    assert harness.machine_folder(tmp_path).parent == tmp_path
+    assert result_files.machine_folder(tmp_path).parent == tmp_path
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "old.json").write_text(json.dumps({"origin": {"processor": processor()}}))
     (tmp_path / "broken.json").write_text("{")
-    assert harness.machine_folder(tmp_path) == tmp_path / "mine"
+    assert result_files.machine_folder(tmp_path) == tmp_path / "mine"
 
 
 def test_a_folder_with_results_of_another_processor_is_never_chosen(tmp_path):
@@ -82,41 +82,41 @@ def test_a_folder_with_results_of_another_processor_is_never_chosen(tmp_path):
 
     for name, owner in (("a.json", processor()), ("b.json", "other"), ("mixed/a.json", processor())):
         write(name, owner)
-    assert harness.machine_folder(tmp_path) == tmp_path / "mixed"
+    assert result_files.machine_folder(tmp_path) == tmp_path / "mixed"
     write("mixed/b.json", "other")
-    new = harness.machine_folder(tmp_path)  # neither the folder of all results nor the one of two CPUs
+    new = result_files.machine_folder(tmp_path)  # neither the folder of all results nor the one of two CPUs
     assert new not in (tmp_path, tmp_path / "mixed")
     write(f"{new.name}/a.json", "another processor with a similar name")
-    assert harness.machine_folder(tmp_path) == tmp_path / f"{new.name}-2"
+    assert result_files.machine_folder(tmp_path) == tmp_path / f"{new.name}-2"
     for name in ("few/a.json", "many/a.json", "many/b.json"):
         write(name, processor())
-    assert harness.machine_folder(tmp_path) == tmp_path / "many"
+    assert result_files.machine_folder(tmp_path) == tmp_path / "many"
 
 
 def test_the_results_of_this_repository_have_a_folder_per_processor():
     folders = {}
-    for file in harness.RESULTS.rglob("*.json"):
-        if file.parent != harness.RESULTS:
-            folders.setdefault(file.parent, set()).add(harness.origin_of(file).get("processor"))
+    for file in result_files.RESULTS.rglob("*.json"):
+        if file.parent != result_files.RESULTS:
+            folders.setdefault(file.parent, set()).add(result_files.origin_of(file).get("processor"))
     assert all(len(owners) == 1 for owners in folders.values()), folders
 
 
 def test_programs_write_to_the_folder_of_the_processor_unless_the_page_shows_their_result_once(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")  # argparse breaks lines after hyphens, so within the names of folders, too
-    assert harness.result_parser(None).parse_args([]).results == harness.machine_folder()
+    assert arguments.result_parser(None).parse_args([]).results == result_files.machine_folder()
     once = ("instructions", "end_to_end.curve_parity", "end_to_end.residual_precision", "end_to_end.real_runs")
-    for name, folder in [*((name, harness.RESULTS) for name in once), ("ceilings", harness.machine_folder())]:
+    for name, folder in [*((name, result_files.RESULTS) for name in once), ("ceilings", result_files.machine_folder())]:
         monkeypatch.setattr(sys, "argv", [name, "--help"])
         with pytest.raises(SystemExit):
             importlib.import_module(f"bench.{name}").main()
-        assert f"(default: {folder.relative_to(harness.ROOT)})" in " ".join(capsys.readouterr().out.split())
+        assert f"(default: {folder.relative_to(result_files.ROOT)})" in " ".join(capsys.readouterr().out.split())
 
 
 def test_missing_runtimes_are_named_before_anything_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inference, "INSTALLED_RUNTIMES", ("json", "no_such_runtime"))
     inference.require_runtimes(tmp_path)
     with pytest.raises(SystemExit, match=r"without no_such_runtime, because .* or name another folder with --results"):
-        inference.require_runtimes(harness.RESULTS / "avx512")
+        inference.require_runtimes(result_files.RESULTS / "avx512")
     monkeypatch.setattr(suite, "missing_runtimes", lambda: ["no_such_runtime"])
     monkeypatch.setattr(sys, "argv", ["suite", "--plan", "ceilings", "--results", str(tmp_path)])
     suite.main()
@@ -127,7 +127,7 @@ def test_parts_are_named_as_they_are_typed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["suite", "--plan", "step"])
     with pytest.raises(SystemExit):
         suite.main()
-    assert "unknown part 'step'; choose from 'ceilings', 'step, base', 'step, base, bf16', " in capsys.readouterr().err
+    assert "unknown part 'step': choose from 'ceilings', 'step, base', 'step, base, bf16', " in capsys.readouterr().err
 
 
 def test_parts_that_cannot_run_say_what_is_missing(tmp_path):

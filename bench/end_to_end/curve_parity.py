@@ -22,8 +22,9 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from bench.arguments import result_parser
 from bench.figures import hardware, save
-from bench.harness import RESULTS, require_clean_tree, result_parser, write_result
+from bench.result_files import RESULTS, require_clean_tree, write_result
 from bertfast import BertForPreTraining, preset_config
 from bertfast.architectures.presets import Preset
 from bertfast.data.batches import Batch, Batches

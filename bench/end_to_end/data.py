@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import transformers
 
-from bench.harness import at_least_one, require_clean_tree, result_parser, write_result
+from bench.arguments import at_least_one, result_parser
+from bench.result_files import require_clean_tree, write_result
 from bertfast.data.batches import Batches
 from bertfast.data.corpus import find_files, read_documents
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare

@@ -31,10 +31,12 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
+from bench.arguments import at_least_one, model_parser
 from bench.bounds import Rates
 from bench.end_to_end.runtimes import precision_of
-from bench.harness import DEVICE, at_least_one, model_parser, reason_of, require_clean_tree, write_result
+from bench.harness import DEVICE, reason_of
 from bench.points import in_a_process, peak_memory
+from bench.result_files import require_clean_tree, write_result
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.inference.embed import EmbedSettings, embed
 from bertfast.models.files import read_config

@@ -19,19 +19,12 @@ import transformers
 from torch import Tensor, nn
 
 import bertfast
+from bench.arguments import DATA, at_least_one, one_of, result_parser
 from bench.bounds import Rates
 from bench.end_to_end.inference import random_ids, token_ids
 from bench.end_to_end.runtimes import padded
-from bench.harness import (
-    DATA,
-    DEVICE,
-    at_least_one,
-    require_clean_tree,
-    result_parser,
-    seconds_of,
-    side_by_side,
-    write_result,
-)
+from bench.harness import DEVICE, seconds_of, side_by_side
+from bench.result_files import require_clean_tree, write_result
 from bertfast.architectures import FAMILIES, family
 from bertfast.runtime.precision import has_bf16_gemm
 
@@ -47,13 +40,11 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of the outputs at tokens, relative to
 def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument(
-        "families", nargs="*", default=list(FAMILIES), metavar="FAMILY", help=f"of {', '.join(FAMILIES)}"
+        "families", nargs="*", default=list(FAMILIES), type=one_of("family", FAMILIES), metavar="FAMILY", help=f"of {', '.join(FAMILIES)}"
     )
     parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds of each case")
     parser.add_argument("--data", type=type(DATA), default=DATA, help="folder of the data")
     arguments = parser.parse_args()
-    if unknown := set(arguments.families) - set(FAMILIES):
-        parser.error(f"unknown family {', '.join(sorted(unknown))}; choose from {', '.join(FAMILIES)}")
     require_clean_tree(arguments.results)
     texts = {
         "32 sentences of SST-2": token_ids("sst2", BATCH, arguments.data),

@@ -25,9 +25,10 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from bench.arguments import at_least_one, model_parser
 from bench.bounds import Rates
 from bench.end_to_end.curve_parity import plain_adamw
-from bench.harness import at_least_one, model_parser, origin, require_clean_tree, write_result
+from bench.result_files import origin, require_clean_tree, write_result
 from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import Precision

@@ -22,10 +22,12 @@ import torch
 import transformers
 
 import bertfast
+from bench.arguments import result_parser
 from bench.bounds import Rates
 from bench.figures import hardware, plain_ticks, save
-from bench.harness import DEVICE, ON_GPU, hf_config, require_clean_tree, result_parser, write_result
+from bench.harness import DEVICE, ON_GPU, hf_config
 from bench.points import in_a_process, peak_memory, restart_peak, timed
+from bench.result_files import require_clean_tree, write_result
 from bertfast.architectures.presets import Preset
 from bertfast.runtime.plotting import COLORS, load_pyplot
 

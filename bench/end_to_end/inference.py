@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 import bertfast
+from bench.arguments import DATA, at_least_one, one_of, result_parser
 from bench.bounds import Rates
 from bench.ceilings import copy_bandwidth, inference_gemm_throughput, int8_gemm_throughput, layer_gemms
 from bench.compare_cases import MINILM
@@ -42,19 +43,8 @@ from bench.end_to_end.runtimes import (
     missing_runtimes,
     padded,
 )
-from bench.harness import (
-    DATA,
-    DEVICE,
-    RESULTS,
-    Sample,
-    at_least_one,
-    reason_of,
-    require_clean_tree,
-    result_parser,
-    seconds_of,
-    side_by_side,
-    write_result,
-)
+from bench.harness import DEVICE, Sample, reason_of, seconds_of, side_by_side
+from bench.result_files import RESULTS, require_clean_tree, write_result
 from bertfast.architectures.presets import Preset
 from bertfast.data.tokenizer import load_tokenizer
 from bertfast.runtime.malloc import keep_freed_memory
@@ -116,14 +106,12 @@ def config_of(name: str) -> bertfast.BertConfig:
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument("models", nargs="*", default=["base"], metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    parser.add_argument("models", nargs="*", default=["base"], type=one_of("model", MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
     parser.add_argument("--threads", type=at_least_one, help="threads of all runtimes (default: PyTorch's)")
     parser.add_argument("--single", action="store_true", help="only single sentences, no batches")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
     arguments = parser.parse_args()
-    if unknown := set(arguments.models) - set(MODELS):
-        parser.error(f"unknown model {', '.join(sorted(unknown))}; choose from {', '.join(MODELS)}")
     require_clean_tree(arguments.results)
     require_runtimes(arguments.results)
     if arguments.threads is not None:

@@ -25,10 +25,12 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel
 
+from bench.arguments import at_least_one, model_parser
 from bench.end_to_end.finetuning import CASES, Case, padded, settings_for
 from bench.end_to_end.inference import Workload, entry, lower_bounds, measured_ceilings
 from bench.end_to_end.runtimes import Inputs, Precision
-from bench.harness import DEVICE, at_least_one, model_parser, require_clean_tree, side_by_side, write_result
+from bench.harness import DEVICE, side_by_side
+from bench.result_files import require_clean_tree, write_result
 from bertfast.inference.embed import EmbedSettings, compute_embeddings
 from bertfast.inference.frozen import CALIBRATION_EXAMPLES, freeze_on_cpu
 from bertfast.inference.predict import PredictSettings, open_finetuned, predict_outputs

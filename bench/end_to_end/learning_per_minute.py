@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from bench.arguments import at_least_one, one_of, result_parser
 from bench.end_to_end import run_mlm
 from bench.end_to_end.curve_parity import initial_model, padded
 from bench.end_to_end.learning_curve import Curve, HeldOut, Rows
-from bench.harness import at_least_one, require_clean_tree, result_parser, write_result
+from bench.result_files import require_clean_tree, write_result
 from bertfast.cli.flags import parse
 from bertfast.data.batches import Batches
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
@@ -126,7 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the arguments, with `recipes`, the recipe of each run by its name."""
     parser = result_parser(__doc__)
     parser.add_argument("data", type=Path, help="folder with the texts")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("runs", nargs="*", type=one_of("run", RECIPES), metavar="RUN", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--output", type=Path, required=True, help="folder for texts, checkpoints and curves")
     parser.add_argument("--text", choices=("wikipedia", "books"), default="wikipedia", help="what is learned")
     parser.add_argument("--minutes", type=float, help="duration of the steps (default: that of the recipe)")
@@ -136,8 +137,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="name of a further run of bertfast, with the flags of --flags")
     parser.add_argument("--flags", help="flags of `bertfast pretrain`, as in --flags='--optimizer muon'")
     arguments = parser.parse_intermixed_args()  # RUN may follow an option, which parse_args refuses before Python 3.13
-    if unknown := [name for name in arguments.runs if name not in RECIPES]:
-        parser.error(f"unknown run {', '.join(unknown)}: choose from {', '.join(RECIPES)}")
     if (arguments.name is None) != (arguments.flags is None):
         parser.error("--name and --flags go together: give both, or neither")
     recipes = {name: RECIPES[name] for name in arguments.runs}

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from bench.harness import require_clean_tree, result_parser, write_result
+from bench.arguments import result_parser
+from bench.result_files import require_clean_tree, write_result
 from bertfast import BertForMaskedLM
 from bertfast.cli.flags import parse
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare

@@ -24,12 +24,14 @@ import torch
 import transformers
 
 import bertfast
+from bench.arguments import result_parser
 from bench.bounds import Rates
 from bench.end_to_end.families import TOLERANCE
 from bench.end_to_end.step_cases import PRECISIONS
 from bench.figures import hardware, plain_ticks, save
-from bench.harness import DEVICE, ON_GPU, hf_config, require_clean_tree, result_parser, write_result
+from bench.harness import DEVICE, ON_GPU, hf_config
 from bench.points import REPEATS, in_a_process, peak_memory, restart_peak, timed
+from bench.result_files import require_clean_tree, write_result
 from bertfast.runtime.malloc import give_freed_memory_back, keep_freed_memory
 from bertfast.runtime.plotting import COLORS, load_pyplot
 from bertfast.runtime.precision import has_bf16_gemm

@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.harness import DEVICE, at_least_one, require_clean_tree, result_parser, write_result
+from bench.arguments import at_least_one, result_parser
+from bench.harness import DEVICE
+from bench.result_files import require_clean_tree, write_result
 from bertfast.data.samples import Sampling
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import wait_for

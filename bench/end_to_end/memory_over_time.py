@@ -27,8 +27,9 @@ import torch
 import transformers
 
 import bertfast
-from bench.harness import require_clean_tree, result_parser, write_result
+from bench.arguments import result_parser
 from bench.points import peak_memory
+from bench.result_files import require_clean_tree, write_result
 from bertfast.cli.main import main as run_command
 from bertfast.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from bertfast.runtime.malloc import resident_memory

@@ -24,8 +24,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bench.arguments import at_least_one, model_parser
 from bench.bounds import Rates
-from bench.harness import at_least_one, model_parser, require_clean_tree, stopwatch, write_result
+from bench.harness import stopwatch
+from bench.result_files import require_clean_tree, write_result
 from bertfast import patch
 from bertfast.tasks.tables import read_table
 

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import transformers
 
+from bench.arguments import at_least_one, one_of, result_parser
 from bench.bounds import COPIED, Rates, with_backward
 from bench.ceilings import copy_bandwidth, gemm_throughput, layer_gemms
 from bench.end_to_end.samples import LENGTHS, count_lengths
@@ -40,18 +41,15 @@ from bench.harness import (
     DEVICE,
     ON_GPU,
     Sample,
-    at_least_one,
     compile_backward_with_forward,
     hf_config,
     median_ratio,
     reason_of,
-    require_clean_tree,
-    result_parser,
     seconds_of,
     side_by_side,
     time_limit,
-    write_result,
 )
+from bench.result_files import require_clean_tree, write_result
 from bertfast.data.batches import Batch
 from bertfast.encoder import pretraining_loss
 from bertfast.models.families import pretraining_class
@@ -96,18 +94,14 @@ def alternatives(case: Case) -> dict[str, Alternative]:
 def parse_arguments() -> argparse.Namespace:
     parser = result_parser(__doc__)
     cases = GPU_CASES if ON_GPU else CASES
-    parser.add_argument("cases", nargs="*", default=list(cases), metavar="CASE", help=f"of {', '.join(ALL)}")
+    parser.add_argument("cases", nargs="*", default=list(cases), type=one_of("case", ALL), metavar="CASE", help=f"of {', '.join(ALL)}")
     parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
     names = ", ".join(ALTERNATIVES)
-    parser.add_argument("--against", nargs="+", metavar="NAME", help=f"of {names} (default: all that apply)")
+    parser.add_argument("--against", nargs="+", type=one_of("alternative", ALTERNATIVES), metavar="NAME", help=f"of {names} (default: all that apply)")
     parser.add_argument("--compile-seconds", type=int, default=600, help="time limit of torch.compile in seconds")
     parser.add_argument("--suffix", default="", help="appended to the names of the result files")
     parser.add_argument("--count-lengths", type=Path, metavar="DATA", help="only count Wikipedia's lengths again")
     arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(ALL):
-        parser.error(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(ALL)}")
-    if unknown := set(arguments.against or ()) - set(ALTERNATIVES):
-        parser.error(f"--against: unknown name {', '.join(sorted(unknown))}; choose from {names}")
     return arguments
 
 

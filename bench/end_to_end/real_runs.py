@@ -17,7 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.harness import RESULTS, require_clean_tree, result_parser, write_result
+from bench.arguments import result_parser
+from bench.result_files import RESULTS, require_clean_tree, write_result
 
 BERTFAST = str(Path(sys.executable).with_name("bertfast"))
 

@@ -17,8 +17,10 @@ from typing import Any, get_args
 
 import torch
 
+from bench.arguments import DATA, at_least_one, result_parser
 from bench.end_to_end.curve_parity import corpus, losses_of, mean
-from bench.harness import DATA, ON_GPU, RESULTS, at_least_one, require_clean_tree, result_parser, write_result
+from bench.harness import ON_GPU
+from bench.result_files import RESULTS, require_clean_tree, write_result
 from bertfast.architectures.presets import Preset
 from bertfast.data.prepare import PrepareSettings, prepare
 from bertfast.data.samples import Sampling

@@ -2,8 +2,8 @@
 
     python -m bench.end_to_end.scaling SHARDS [--preset NAME] [--processes N …] [--results FOLDER]
 
-Each process runs on one core with its own batch. SHARDS is a folder written by `bertfast prepare`. The parallel
-efficiency is the throughput relative to that of as many independent processes.
+Each process runs one thread with its own batch. SHARDS is a folder written by `bertfast prepare`. The parallel
+efficiency is the throughput relative to that of as many independent processes as there are cores for.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from bench.harness import require_clean_tree, result_parser, write_result
+from bench.arguments import at_least_one, result_parser
+from bench.result_files import require_clean_tree, write_result
 
 BERTFAST = str(Path(sys.executable).with_name("bertfast"))
 STEPS, WARMUP = 20, 4
@@ -27,18 +29,21 @@ def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("shards", type=Path, help="folder of the token shards")
     parser.add_argument("--preset", default="mini", help="size of the model")
-    parser.add_argument("--processes", type=int, nargs="*", default=[1, 2], help="numbers of processes")
+    parser.add_argument("--processes", type=at_least_one, nargs="+", default=[2, 4], help="numbers, in addition to 1")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)
-    measured = []
-    for processes in arguments.processes:
+    cores = len(os.sched_getaffinity(0))
+    measured: list[dict[str, Any]] = []
+    for processes in sorted({1, *arguments.processes}):
         for flags in ([], ["--shard"]) if processes > 1 else ([],):
             rate = tokens_per_second(arguments, processes, flags)
-            measured.append({"processes": processes, "sharded": bool(flags), "tokens_per_second": rate})
+            alone = measured[0]["tokens_per_second"] if measured else rate
+            efficiency = rate / (min(processes, cores) * alone)
+            run = {"processes": processes, "sharded": bool(flags), "tokens_per_second": rate}
+            measured.append(run | {"parallel_efficiency": efficiency})
             print(f"{processes} processes{', sharded' * bool(flags)}: {rate:.0f} tokens/s", flush=True)
-    for run in measured:
-        run["parallel_efficiency"] = run["tokens_per_second"] / (run["processes"] * measured[0]["tokens_per_second"])
-    print(f"written to {write_result('scaling', {'preset': arguments.preset, 'runs': measured}, arguments.results)}")
+    values = {"preset": arguments.preset, "cores": cores, "runs": measured}
+    print(f"written to {write_result('scaling', values, arguments.results)}")
 
 
 def tokens_per_second(arguments: argparse.Namespace, processes: int, flags: list[str]) -> float:

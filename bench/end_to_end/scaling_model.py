@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 
 from bench.bounds import ADAMW_BYTES
-from bench.harness import ROOT
 from bench.page.text import table
+from bench.result_files import ROOT
 from bench.sass_model.constants import GEMM_FLOPS, H200
 from bertfast import BertForPreTraining, preset_config
 from bertfast.architectures.presets import Preset

@@ -28,9 +28,10 @@ from sentence_transformers.sentence_transformer.evaluation import (
     InformationRetrievalEvaluator,
 )
 
+from bench.arguments import model_parser
 from bench.end_to_end.finetuning import settings_of_run, train_bertfast
 from bench.end_to_end.sentence_trainers import open_model, require_trainers, sentence_trainer
-from bench.harness import model_parser, require_clean_tree, write_result
+from bench.result_files import require_clean_tree, write_result
 from bertfast.inference.predict import predict_outputs
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.tasks.embedding import EmbeddingTask

@@ -24,9 +24,11 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from bench.arguments import at_least_one, model_parser
 from bench.bounds import Rates
 from bench.end_to_end.sentence_trainers import open_model, require_trainers, sentence_trainer
-from bench.harness import DEVICE, at_least_one, model_parser, require_clean_tree, write_result
+from bench.harness import DEVICE
+from bench.result_files import require_clean_tree, write_result
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import Precision, has_bf16_gemm
 from bertfast.training.finetuning import FinetuneSettings, Finetuning

@@ -36,11 +36,13 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import bertfast
+from bench.arguments import at_least_one, model_parser
 from bench.end_to_end.inference import require_runtimes, wrong_outputs
 from bench.end_to_end.load import percentile, poisson_arrivals, post, send_all, send_at
 from bench.end_to_end.runtimes import Precision, Predict, Weights, padded, require_bf16, with_openvino
-from bench.harness import ROOT, at_least_one, model_parser, reason_of, require_clean_tree, write_result
+from bench.harness import reason_of
 from bench.points import importing_bench
+from bench.result_files import ROOT, require_clean_tree, write_result
 from bertfast.cli.doctor import package_version
 from bertfast.models.files import read_config
 from bertfast.tasks.tables import read_table

@@ -30,16 +30,12 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from bench.arguments import result_parser
 from bench.end_to_end.curve_parity import mean, padded
 from bench.end_to_end.long_run import corpus, fill, logged
 from bench.figures import STEP_COLORS
-from bench.harness import (
-    ROOT,
-    hf_config,
-    require_clean_tree,
-    result_parser,
-    write_result,
-)
+from bench.harness import hf_config
+from bench.result_files import ROOT, require_clean_tree, write_result
 from bertfast.cli.flags import parse
 from bertfast.data.batches import Batch
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare

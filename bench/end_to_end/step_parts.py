@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bench.arguments import at_least_one, one_of, result_parser
 from bench.end_to_end.pretraining_step import Alternative, Steps
 from bench.end_to_end.step_cases import ALL
-from bench.harness import ON_GPU, at_least_one, require_clean_tree, result_parser, write_result
+from bench.harness import ON_GPU
+from bench.result_files import require_clean_tree, write_result
 from bertfast.runtime.malloc import keep_freed_memory
 
 # By group, a pattern of the names of its operators; the first that matches counts.
@@ -37,11 +39,9 @@ OTHERS = {"bertfast": None, "transformers": Alternative(), "transformers, eager 
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument("case", nargs="?", default="base-128-fp32", metavar="CASE", help=f"of {', '.join(ALL)}")
+    parser.add_argument("case", nargs="?", default="base-128-fp32", type=one_of("case", ALL), metavar="CASE", help=f"of {', '.join(ALL)}")
     parser.add_argument("--repeats", type=at_least_one, default=3, help="profiled steps of which the median is taken")
     arguments = parser.parse_args()
-    if arguments.case not in ALL:
-        parser.error(f"unknown case {arguments.case}; choose from {', '.join(ALL)}")
     require_clean_tree(arguments.results)
     keep_freed_memory()
     result = measure(arguments.case, arguments.repeats)

@@ -17,18 +17,11 @@ import torch
 from transformers import BertConfig
 
 import bertfast
+from bench.arguments import at_least_one, one_of, result_parser
 from bench.end_to_end.samples import random_samples
-from bench.harness import (
-    DEVICE,
-    ON_GPU,
-    at_least_one,
-    require_clean_tree,
-    result_parser,
-    seconds_of,
-    side_by_side,
-    write_result,
-)
+from bench.harness import DEVICE, ON_GPU, seconds_of, side_by_side
 from bench.kernel_times import kernel_times
+from bench.result_files import require_clean_tree, write_result
 from bertfast.architectures.presets import Preset
 from bertfast.data.batches import Batch
 from bertfast.models.families import pretraining_class
@@ -81,11 +74,9 @@ ALL = CASES | TRIAL
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=f"of {', '.join(ALL)}")
+    parser.add_argument("cases", nargs="*", default=list(CASES), type=one_of("case", ALL), metavar="CASE", help=f"of {', '.join(ALL)}")
     parser.add_argument("--repeats", type=at_least_one, default=10, help="steps of which the median is taken")
     arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(ALL):
-        parser.error(f"unknown case {', '.join(sorted(unknown))}; choose from {', '.join(ALL)}")
     require_clean_tree(arguments.results)
     keep_freed_memory()
     for name in arguments.cases:

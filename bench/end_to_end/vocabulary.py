@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 
+from bench.arguments import result_parser
 from bench.bounds import with_backward
 from bench.cases import Factory, Function, make
 from bench.ceilings import gemm_throughput
-from bench.harness import ON_GPU, require_clean_tree, result_parser, write_result
+from bench.harness import ON_GPU
 from bench.ops.linear_cross_entropy import LossCase, chunked, cut_cross_entropy, fused, plain, with_liger
 from bench.points import in_a_process, peak_memory, restart_peak, timed
+from bench.result_files import require_clean_tree, write_result
 
 FACTORIES: dict[str, Factory] = {
     "bertfast": fused,

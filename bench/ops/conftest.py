@@ -25,8 +25,9 @@ import torch
 
 from bench.cases import calls, checked, extra_memory, measured
 from bench.ceilings import ceilings
-from bench.harness import ON_GPU, compile_backward_with_forward, device_seconds, origin, require_clean_tree, time_limit
+from bench.harness import ON_GPU, compile_backward_with_forward, device_seconds, time_limit
 from bench.kernel_times import kernel_times
+from bench.result_files import origin, require_clean_tree
 from bertfast.runtime.atomic_write import write_atomically
 
 collect_ignore = ["conftest.py"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench.harness import RESULTS, ROOT
 from bench.page.document import document
 from bench.page.plots import draw
 from bench.page.rows import read_results
+from bench.result_files import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "BENCHMARKS.md"
 

@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from bench.harness import RESULTS, origin, require_clean_tree
+from bench.result_files import RESULTS, origin, require_clean_tree
 from bench.sass_model import occupancy, sass
 from bertfast.ops import cuda_build, native
 

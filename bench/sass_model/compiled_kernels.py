@@ -27,7 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
-from bench.harness import RESULTS, origin, require_clean_tree
+from bench.result_files import RESULTS, origin, require_clean_tree
 from bench.sass_model.ahead_of_time import SHARED_MEMORY_KIB, Compiled, compile_cases, compile_launches_of_tests
 from bertfast.kernels.attention_tiles import tile_table
 

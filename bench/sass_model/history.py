@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from bench.harness import ROOT, require_clean_tree
+from bench.result_files import ROOT, require_clean_tree
 from bench.sass_model import constants
 from bench.sass_model.predict import KEPT, TOLERANCE
 from bench.sass_model.predictions import microseconds

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.harness import ROOT
+from bench.result_files import ROOT
 from bench.sass_model import compiled_cuda, control_words
 
 SOURCES = ROOT / "csrc" / "cuda"

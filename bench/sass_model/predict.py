@@ -22,7 +22,7 @@ from typing import Any
 
 import triton
 
-from bench.harness import RESULTS, origin, require_clean_tree
+from bench.result_files import RESULTS, origin, require_clean_tree
 from bench.sass_model import composed, targets
 from bench.sass_model.ahead_of_time import compile_only, disassemble
 from bench.sass_model.cases import HEADS, Case, Launch, launches

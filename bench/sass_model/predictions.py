@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bench.harness import RESULTS
+from bench.result_files import RESULTS
 
 PAGE = Path(RESULTS, "sass_model.md")
 COLUMNS = "kernel | case | block | registers | per SM | cycles | µs | TFLOP/s | GB/s | of the limit | bound by"

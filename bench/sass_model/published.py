@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.harness import RESULTS, origin, require_clean_tree
+from bench.result_files import RESULTS, origin, require_clean_tree
 from bench.sass_model.constants import H100, VERSION
 from bench.sass_model.control_flow import Choice
 from bench.sass_model.kernel_time import Kernel, Prediction, Work, predict
