@@ -98,6 +98,9 @@ RECIPES = {
     "bertfast-muon-4096-tokens": Recipe(
         20, f"{MUON} --learning-rate 0.003 --mlm-probability 0.2 --tokens-per-batch 4096"
     ),
+    "bertfast-muon-8192-tokens": Recipe(
+        20, f"{MUON} --learning-rate 0.003 --mlm-probability 0.2 --tokens-per-batch 8192"
+    ),
     "bertfast-adamw-no-dropout": Recipe(
         20, "--learning-rate 0.002 --adam-beta2 0.98 --warmup-ratio 0.05 --dropout 0 --mlm-probability 0.2"
     ),
