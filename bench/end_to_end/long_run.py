@@ -26,10 +26,10 @@ from bertfast.tasks.pretrained import open_model
 from bertfast.training.metrics_log import MetricsLog
 from bertfast.training.pretraining import PretrainSettings, pretrain
 
-TOKENS = 2048  # per step
+TOKENS = 8192  # per step
 FLAGS = f"""--preset small --max-seq-length 128 --tokens-per-batch {TOKENS} --optimizer muon --learning-rate 0.003
     --adam-beta2 0.98 --warmup-ratio 0.05 --dropout 0 --mlm-probability 0.2 --eval-steps 150 --eval-batches 20
-    --save-steps 200 --resume"""
+    --save-steps 50 --resume"""
 SENTENCES = [
     "london is the capital of [MASK].",
     "he was born in the [MASK] of new york.",

@@ -90,7 +90,7 @@ class ReproduceSettings(Settings):
             one.
         preset: Published size of the models to pre-train.
         minutes: Duration of each pre-training run in minutes.
-        tokens_per_batch: Tokens per batch in pre-training.
+        tokens_per_batch: Tokens per batch in pre-training; with 2,048, small models learn less in the same time.
         learning_rate: Peak learning rate of fine-tuning; small models need a higher one than those of the paper.
         num_train_epochs: Number of passes over the training data of fine-tuning. If not given: as in the recipe.
         seeds: Seeds of the fine-tuning runs of a cell, which shows their mean and standard deviation.
@@ -106,7 +106,7 @@ class ReproduceSettings(Settings):
     model_name_or_path: str | None = None
     preset: Preset = "small"
     minutes: Positive = 5.0
-    tokens_per_batch: Count = 2048
+    tokens_per_batch: Count = 8192
     learning_rate: NonNegative = 1e-4
     num_train_epochs: Epochs | None = None
     seeds: list[Seed] = field(default_factory=lambda: [42])
