@@ -258,7 +258,7 @@ soak: $(LIBRARY)
 # processor: 7 hours. Requires the package datasets. Each run has a result file when it ends, and none is repeated.
 LEARN = $(BENCH).end_to_end.learning_per_minute $(DATA) --output $(SOAKED)/learning $(RESULTS_FLAG)
 bench-learning: $(LIBRARY)
-	$(LEARN) transformers-adamw-0.001 bertfast-adamw-0.001 bertfast-muon transformers-adamw-0.002 transformers-adamw-0.0005
+	$(LEARN) transformers-adamw-0.001 bertfast-adamw-0.001 bertfast-muon-8192-tokens transformers-adamw-0.002 transformers-adamw-0.0005
 	$(LEARN) transformers-defaults transformers-defaults-bf16
 
 # gpu-check-accuracy checks the results of the kernels (three minutes), gpu-check-speed their speed (six). gpu-check runs both,

@@ -20,8 +20,10 @@ from bench.figures import fingerprint, inputs_of
 from bench.page import learning
 from bench.page.rows import Result
 from bertfast import BertForPreTraining, preset_config
+from bertfast.cli.flags import parse
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.ops.reference import IGNORE_INDEX
+from bertfast.training.pretrain_settings import PretrainSettings
 
 ROOT = Path(__file__).parents[1]
 WORDS = [
@@ -314,6 +316,15 @@ def test_both_sides_of_the_same_recipe_have_the_same_hyperparameters(rate, input
     assert transformers.DataCollatorForLanguageModeling(inputs.tokenizer).mlm_probability == pytest.approx(
         settings.sampling.mlm_probability
     )
+
+
+def test_the_recipe_for_cpus_is_the_one_chosen(inputs):
+    recipe = parse("pretrain", PretrainSettings, ["--config", "cpu", "--output-dir", "x"])
+    run = learning_per_minute.pretrain_settings(replace(RECIPES[learning_per_minute.CHOSEN], precision="bf16"), inputs)
+    assert recipe.optimizer == run.optimizer
+    assert recipe.batch == run.batch
+    assert (recipe.sampling, recipe.duration) == (run.sampling, run.duration)
+    assert recipe.model.dropout == run.model.dropout
 
 
 def result_of(recipe: str, seed: int, losses: tuple[float, float], minutes: float = 60, **changes) -> Result:

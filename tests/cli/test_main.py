@@ -227,8 +227,8 @@ def test_two_lengths_of_a_run_are_refused(pair, capsys):
         ("cpu", "--max-steps 100", (100, None, None)),
         ("cpu", "--num_train_epochs=2", (0, 2, None)),
         ("fast", "--num-train-epochs 3", (0, 3, None)),
-        ("speedrun", "--config cpu", (0, None, 4)),
-        ("cpu", "", (0, None, 4)),
+        ("speedrun", "--config cpu", (0, None, 20)),
+        ("cpu", "", (0, None, 20)),
     ],
 )
 def test_a_length_after_a_recipe_replaces_that_of_the_recipe(recipe, typed, length):
