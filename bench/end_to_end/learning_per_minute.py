@@ -18,7 +18,6 @@ import argparse
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +168,7 @@ def title_of(name: str, recipe: Recipe, seed: int, text: str) -> str:
 def result_of(title: str, recipe: Recipe, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train by a recipe; return the entries of its result file."""
     folder: Path = arguments.output / arguments.text
-    shards = prepared(folder / "data", arguments.data / "corpus", arguments.text)
+    shards = prepare(PrepareSettings(str(folder / "data"), corpus(arguments.data / "corpus", arguments.text)))
     initial = folder / f"initial-{arguments.preset}-{seed}"
     if not (initial / "tokenizer.json").exists():  # written last
         initial_model(initial, shards, arguments.preset, seed)
@@ -196,12 +195,6 @@ def result_of(title: str, recipe: Recipe, seed: int, arguments: argparse.Namespa
         "tokens_per_second": end["tokens"] / end["seconds"],
         "curve": curve.points,
     }
-
-
-@cache
-def prepared(folder: Path, texts: Path, text: str) -> Path:
-    """Return the folder with the shards of a text, tokenized once per program."""
-    return prepare(PrepareSettings(str(folder), corpus(texts, text)))
 
 
 def corpus(folder: Path, text: str) -> CorpusSettings:
