@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from bench.result_files import ROOT, machine_folder
@@ -46,8 +46,8 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def one_of(kind: str, names: Iterable[str]) -> Callable[[str], str]:
-    """Return the type of an argument that must be one of some names.
+def one_of(kind: str, names: Collection[str]) -> Callable[[str], str]:
+    """Return an argparse type that accepts only the given names.
 
     Args:
         kind: What is named, in the message about another name: "unknown KIND NAME".

@@ -81,7 +81,7 @@ import json
 import sys
 from pathlib import Path
 from bench.gpu_check import launch_error, missing_library
-from bench.harness import origin, require_clean_tree
+from bench.result_files import origin, require_clean_tree
 require_clean_tree(Path(sys.argv[1]))
 if (error := launch_error()) is not None:
     sys.exit(error)

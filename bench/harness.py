@@ -1,4 +1,4 @@
-"""Timing, which the benchmarks share: rounds side by side, medians, CUDA graphs. All run on the GPU if there is one."""
+"""Time functions (rounds side by side, medians, CUDA graphs) on the GPU if there is one; configure transformers' models."""
 
 from __future__ import annotations
 

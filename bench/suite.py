@@ -2,7 +2,7 @@
 
     python -m bench.suite [PART …] [--all] [--plan] [--results FOLDER] [--data FOLDER] [--model FOLDER]
 
-Results go to the folder of this processor, see `machine_folder` in `bench.result_files`. A part is up to date if each of its
+Results go to the folder of this processor, see `bench.result_files.machine_folder`. A part is up to date if each of its
 result files was measured on this processor, from a commit without changes whose measured sources are those of now. So
 an interrupted run continues where it stopped. The estimates are those of two cores; the parts that run by default
 take about 40 minutes, the others run with their names or `--all`.

@@ -324,7 +324,7 @@ def test_the_recipe_for_cpus_is_the_one_chosen(inputs):
     assert recipe.optimizer == run.optimizer
     assert recipe.batch == run.batch
     assert (recipe.sampling, recipe.duration) == (run.sampling, run.duration)
-    assert recipe.model.dropout == run.model.dropout
+    assert (recipe.model.dropout, recipe.model.preset) == (run.model.dropout, "mini")
 
 
 def result_of(recipe: str, seed: int, losses: tuple[float, float], minutes: float = 60, **changes) -> Result:

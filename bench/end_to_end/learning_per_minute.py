@@ -105,7 +105,7 @@ RECIPES = {
         20, "--learning-rate 0.002 --adam-beta2 0.98 --warmup-ratio 0.05 --dropout 0 --mlm-probability 0.2"
     ),
 }
-CHOSEN = "bertfast-muon-8192-tokens"  # bertfast's best so far on the books, which is also recipes/cpu.yaml
+CHOSEN = "bertfast-muon-8192-tokens"  # the best that ran with --text books; recipes/cpu.yaml has the same settings
 
 
 def main() -> None:

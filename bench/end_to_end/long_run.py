@@ -28,7 +28,7 @@ from bertfast.training.pretraining import PretrainSettings, pretrain
 
 TOKENS = 8192  # per step
 FLAGS = f"""--preset small --max-seq-length 128 --tokens-per-batch {TOKENS} --optimizer muon --learning-rate 0.003
-    --adam-beta2 0.98 --warmup-ratio 0.05 --dropout 0 --mlm-probability 0.2 --eval-steps 150 --eval-batches 20
+    --adam-beta2 0.98 --warmup-ratio 0.05 --dropout 0 --mlm-probability 0.2 --eval-steps 50 --eval-batches 20
     --save-steps 50 --resume"""
 SENTENCES = [
     "london is the capital of [MASK].",

@@ -101,8 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile-seconds", type=int, default=600, help="time limit of torch.compile in seconds")
     parser.add_argument("--suffix", default="", help="appended to the names of the result files")
     parser.add_argument("--count-lengths", type=Path, metavar="DATA", help="only count Wikipedia's lengths again")
-    arguments = parser.parse_args()
-    return arguments
+    return parser.parse_args()
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python -m bench.end_to_end.scaling SHARDS [--preset NAME] [--processes N …] [--results FOLDER]
 
 Each process runs one thread with its own batch. SHARDS is a folder written by `bertfast prepare`. The parallel
-efficiency is the throughput relative to that of as many independent processes as there are cores for.
+efficiency is the throughput divided by that of one process, and by the number of processes, or of cores if it is lower.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("shards", type=Path, help="folder of the token shards")
     parser.add_argument("--preset", default="mini", help="size of the model")
-    parser.add_argument("--processes", type=at_least_one, nargs="+", default=[2, 4], help="numbers, in addition to 1")
+    parser.add_argument("--processes", type=at_least_one, nargs="+", default=[2, 4], help="numbers of processes; 1 is always measured")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)
     cores = len(os.sched_getaffinity(0))

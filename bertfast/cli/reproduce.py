@@ -90,7 +90,7 @@ class ReproduceSettings(Settings):
             one.
         preset: Published size of the models to pre-train.
         minutes: Duration of each pre-training run in minutes.
-        tokens_per_batch: Tokens per batch in pre-training; with 2,048, small models learn less in the same time.
+        tokens_per_batch: Tokens per batch in pre-training.
         learning_rate: Peak learning rate of fine-tuning; small models need a higher one than those of the paper.
         num_train_epochs: Number of passes over the training data of fine-tuning. If not given: as in the recipe.
         seeds: Seeds of the fine-tuning runs of a cell, which shows their mean and standard deviation.
