@@ -100,7 +100,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("base", metavar="BASE", help="commit to compare with: a hash, branch or tag")
     parser.add_argument("--head", default="HEAD", metavar="REF", help="commit to measure (default: HEAD)")
     names = ", ".join(CASES)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), type=one_of("case", CASES), metavar="NAME", help=f"of {names}")
+    parser.add_argument(
+        "--cases", nargs="+", default=list(CASES), type=one_of("case", CASES), metavar="NAME", help=f"of {names}"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="pairs of processes (default: 10)")
     parser.add_argument("--seconds", type=float, default=4.0, help="duration of a case in a round (default: 4)")
     parser.add_argument("--rebuild", action="store_true", help="install both commits again")

@@ -45,7 +45,14 @@ NO_BF16 = "this processor has no bf16 instructions, and PyTorch's bf16 GEMMs are
 
 def main() -> int:
     parser = result_parser(__doc__)
-    parser.add_argument("operations", nargs="*", default=OPERATIONS, type=one_of("operation", OPERATIONS), metavar="OPERATION", help=", ".join(OPERATIONS))
+    parser.add_argument(
+        "operations",
+        nargs="*",
+        default=OPERATIONS,
+        type=one_of("operation", OPERATIONS),
+        metavar="OPERATION",
+        help=", ".join(OPERATIONS),
+    )
     parser.add_argument("--shapes", choices=("cpu", "small"), default="cpu", help="sizes; small: to try the program")
     parser.add_argument("--seconds", type=float, default=5, help="approximate seconds per case and direction")
     arguments = parser.parse_args()

@@ -37,7 +37,14 @@ TOOLS = ("g++", "valgrind")
 
 def main() -> None:
     parser = result_parser(__doc__, RESULTS)
-    parser.add_argument("kernels", nargs="*", default=list(TOKENS), type=one_of("kernel", TOKENS), metavar="KERNEL", help=f"of {', '.join(TOKENS)}")
+    parser.add_argument(
+        "kernels",
+        nargs="*",
+        default=list(TOKENS),
+        type=one_of("kernel", TOKENS),
+        metavar="KERNEL",
+        help=f"of {', '.join(TOKENS)}",
+    )
     arguments = parser.parse_args()
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         parser.error(f"{' and '.join(missing)} must be installed")

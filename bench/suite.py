@@ -161,7 +161,13 @@ DEFAULT = [name for name, part in PARTS.items() if not part.by_name]
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument("parts", nargs="*", type=one_of("part", PARTS), metavar="PART", help=f"of {quoted(PARTS)} (default: `make bench`'s)")
+    parser.add_argument(
+        "parts",
+        nargs="*",
+        type=one_of("part", PARTS),
+        metavar="PART",
+        help=f"of {quoted(PARTS)} (default: `make bench`'s)",
+    )
     parser.add_argument("--all", action="store_true", help="run all parts, also those that otherwise run by name only")
     parser.add_argument("--plan", action="store_true", help="only print what would be measured")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")

@@ -40,7 +40,12 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of the outputs at tokens, relative to
 def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument(
-        "families", nargs="*", default=list(FAMILIES), type=one_of("family", FAMILIES), metavar="FAMILY", help=f"of {', '.join(FAMILIES)}"
+        "families",
+        nargs="*",
+        default=list(FAMILIES),
+        type=one_of("family", FAMILIES),
+        metavar="FAMILY",
+        help=f"of {', '.join(FAMILIES)}",
     )
     parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds of each case")
     parser.add_argument("--data", type=type(DATA), default=DATA, help="folder of the data")

@@ -106,7 +106,14 @@ def config_of(name: str) -> bertfast.BertConfig:
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument("models", nargs="*", default=["base"], type=one_of("model", MODELS), metavar="MODEL", help=f"of {', '.join(MODELS)}")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        default=["base"],
+        type=one_of("model", MODELS),
+        metavar="MODEL",
+        help=f"of {', '.join(MODELS)}",
+    )
     parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
     parser.add_argument("--threads", type=at_least_one, help="threads of all runtimes (default: PyTorch's)")
     parser.add_argument("--single", action="store_true", help="only single sentences, no batches")

@@ -29,7 +29,9 @@ def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("shards", type=Path, help="folder of the token shards")
     parser.add_argument("--preset", default="mini", help="size of the model")
-    parser.add_argument("--processes", type=at_least_one, nargs="+", default=[2, 4], help="numbers of processes; 1 is always measured")
+    parser.add_argument(
+        "--processes", type=at_least_one, nargs="+", default=[2, 4], help="numbers of processes; 1 is always measured"
+    )
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)
     cores = len(os.sched_getaffinity(0))

@@ -39,7 +39,14 @@ OTHERS = {"bertfast": None, "transformers": Alternative(), "transformers, eager 
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument("case", nargs="?", default="base-128-fp32", type=one_of("case", ALL), metavar="CASE", help=f"of {', '.join(ALL)}")
+    parser.add_argument(
+        "case",
+        nargs="?",
+        default="base-128-fp32",
+        type=one_of("case", ALL),
+        metavar="CASE",
+        help=f"of {', '.join(ALL)}",
+    )
     parser.add_argument("--repeats", type=at_least_one, default=3, help="profiled steps of which the median is taken")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)

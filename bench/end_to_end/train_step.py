@@ -74,7 +74,9 @@ ALL = CASES | TRIAL
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument("cases", nargs="*", default=list(CASES), type=one_of("case", ALL), metavar="CASE", help=f"of {', '.join(ALL)}")
+    parser.add_argument(
+        "cases", nargs="*", default=list(CASES), type=one_of("case", ALL), metavar="CASE", help=f"of {', '.join(ALL)}"
+    )
     parser.add_argument("--repeats", type=at_least_one, default=10, help="steps of which the median is taken")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)
