@@ -1,4 +1,4 @@
-"""Time functions (rounds side by side, medians, CUDA graphs) on the GPU if there is one; configure transformers' models."""
+"""Time functions (rounds side by side, medians, CUDA graphs) on the GPU if there is one, and configure models."""
 
 from __future__ import annotations
 

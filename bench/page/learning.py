@@ -86,7 +86,8 @@ def pairs_of(groups: Sequence[Group]) -> list[tuple[str, Group, Group]]:
     own = [group for group in fast if group.recipe.partition("-")[2] not in same]
     tuned = [group for group in slow if not group.recipe.startswith(DEFAULTS)]
     untouched = [group for group in slow if group.recipe.startswith(DEFAULTS)]
-    pairs += [("the best learning rate of transformers", target, group) for target in tuned[:1] for group in own]
+    best = f"the best of {len(tuned)} learning rates of transformers" if len(tuned) > 1 else "transformers"
+    pairs += [(best, target, group) for target in tuned[:1] for group in own]
     return pairs + [("transformers' defaults", target, group) for target in untouched for group in own]
 
 
@@ -101,7 +102,7 @@ def learning_text(results: list[Result], folder: Path) -> str:
     if not by_text:
         return ""
     first = next(filter(is_learning, results))
-    masked = "; ".join(f"{name} {entry['masked']:,}" for name, entry in first.values["validation"].items())
+    masked = "; ".join(f"{text} {masked_tokens(groups[0].runs[0])}" for text, groups in by_text.items())
     parts = [
         "### Learning per minute\n\n"
         f"`bertfast pretrain` and transformers' run_mlm (its data, collator and Trainer) train `mini` with a "
@@ -109,8 +110,10 @@ def learning_text(results: list[Result], folder: Path) -> str:
         "stated time of steps, at which the learning rate is 0. The loss is that of transformers' model in fp32, "
         "outside of that time, on fixed masked tokens of validation text: *sentences* are cut as bertfast cuts them, "
         f"*chunks* as run_mlm does (masked tokens: {masked}). Recipes, in `bench/end_to_end/learning_per_minute.py`, "
-        'that have the same name after the side, as in "adamw-0.001", are the same on both sides. ± is the standard '
-        "deviation over seeds. The runs do not show what larger models, longer runs or other text would give. Files: "
+        'that have the same name after the side, as in "adamw-0.001", are the same on both sides. Those of '
+        "transformers differ in the learning rate only, with 2,048 tokens per step; bertfast's are compared on the "
+        "books. ± is the standard deviation over seeds. The runs do not show what larger models, longer runs or other "
+        "text would give. Files: "
         f"`bench/results/{Path(first.file).parent.as_posix()}/{PROGRAM}-*.json`.\n"
     ]
     columns = ["text", "recipe", "precision", "seeds", "M tokens", "tokens/s", "loss, sentences", "loss, chunks"]
@@ -123,6 +126,11 @@ def learning_text(results: list[Result], folder: Path) -> str:
     if (folder / plot).is_file():
         parts.append(f"![Loss against minutes](../bench/results/{plot.as_posix()})\n")
     return "\n".join(parts)
+
+
+def masked_tokens(run: Result) -> str:
+    """Return the numbers of masked tokens that a run was measured on, as "9,599 in sentences and 9,622 in chunks"."""
+    return " and ".join(f"{run.values['validation'][name]['masked']:,} in {name}" for name in SETS)
 
 
 def cells_of(text: str, group: Group) -> list[str]:
