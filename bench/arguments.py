@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from bench.result_files import ROOT, machine_folder
 
@@ -46,17 +47,29 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def one_of(kind: str, names: Collection[str]) -> Callable[[str], str]:
-    """Return an argparse type that accepts only the given names.
+def add_names(
+    parser: argparse.ArgumentParser, argument: str, kind: str, names: Collection[str], note: str = "", **options: Any
+) -> None:
+    """Add an argument that takes some of the given names and refuses others.
 
     Args:
-        kind: What is named, in the message about another name: "unknown KIND NAME".
+        parser: Parser of the program.
+        argument: Name of the argument.
+        kind: What one of the names is, for the help and the message.
         names: Names to choose from.
+        note: Added to the help.
+        options: Options of `add_argument`, such as the default.
     """
 
     def known(name: str) -> str:
         if name not in names:
-            raise argparse.ArgumentTypeError(f"unknown {kind} {name!r}: choose from {', '.join(map(repr, names))}")
+            raise argparse.ArgumentTypeError(f"unknown {kind} {name!r}: choose from {quoted(names)}")
         return name
 
-    return known
+    help_text = f"of {quoted(names)}{note}"
+    parser.add_argument(argument, type=known, metavar=kind.upper(), help=help_text, **{"nargs": "*", **options})
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Return names as they are typed: some contain spaces and commas."""
+    return ", ".join(f"'{name}'" for name in names)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from bench.arguments import one_of, result_parser
+from bench.arguments import add_names, result_parser
 from bench.installed_commits import WORK, Commit, install, resolve
 from bench.result_files import ROOT, changed_files, require_clean_tree, write_result
 
@@ -99,10 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = result_parser(__doc__, WORK)
     parser.add_argument("base", metavar="BASE", help="commit to compare with: a hash, branch or tag")
     parser.add_argument("--head", default="HEAD", metavar="REF", help="commit to measure (default: HEAD)")
-    names = ", ".join(CASES)
-    parser.add_argument(
-        "--cases", nargs="+", default=list(CASES), type=one_of("case", CASES), metavar="NAME", help=f"of {names}"
-    )
+    add_names(parser, "--cases", "case", CASES, nargs="+", default=list(CASES))
     parser.add_argument("--rounds", type=int, default=10, help="pairs of processes (default: 10)")
     parser.add_argument("--seconds", type=float, default=4.0, help="duration of a case in a round (default: 4)")
     parser.add_argument("--rebuild", action="store_true", help="install both commits again")

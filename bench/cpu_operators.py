@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.arguments import one_of, result_parser
+from bench.arguments import add_names, result_parser
 from bench.cases import Case, Implementation, calls, checked, measured
 from bench.ceilings import block_throughput, gemm_throughput
 from bench.figures import plot_operators
@@ -45,14 +45,7 @@ NO_BF16 = "this processor has no bf16 instructions, and PyTorch's bf16 GEMMs are
 
 def main() -> int:
     parser = result_parser(__doc__)
-    parser.add_argument(
-        "operations",
-        nargs="*",
-        default=OPERATIONS,
-        type=one_of("operation", OPERATIONS),
-        metavar="OPERATION",
-        help=", ".join(OPERATIONS),
-    )
+    add_names(parser, "operations", "operation", OPERATIONS, default=OPERATIONS)
     parser.add_argument("--shapes", choices=("cpu", "small"), default="cpu", help="sizes; small: to try the program")
     parser.add_argument("--seconds", type=float, default=5, help="approximate seconds per case and direction")
     arguments = parser.parse_args()

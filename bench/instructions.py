@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from bench.arguments import one_of, result_parser
+from bench.arguments import add_names, result_parser
 from bench.result_files import RESULTS, ROOT, require_clean_tree, write_result
 
 INSTRUCTION_SET = "avx2"
@@ -37,14 +37,7 @@ TOOLS = ("g++", "valgrind")
 
 def main() -> None:
     parser = result_parser(__doc__, RESULTS)
-    parser.add_argument(
-        "kernels",
-        nargs="*",
-        default=list(TOKENS),
-        type=one_of("kernel", TOKENS),
-        metavar="KERNEL",
-        help=f"of {', '.join(TOKENS)}",
-    )
+    add_names(parser, "kernels", "kernel", TOKENS, default=list(TOKENS))
     arguments = parser.parse_args()
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         parser.error(f"{' and '.join(missing)} must be installed")

@@ -16,12 +16,12 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.arguments import DATA, PUBLISHED, one_of, result_parser
+from bench.arguments import DATA, PUBLISHED, add_names, quoted, result_parser
 from bench.end_to_end.runtimes import HOW_TO_INSTALL, missing_runtimes
 from bench.harness import DEVICE
 from bench.result_files import ROOT, changed_files, origin_of, require_clean_tree
@@ -161,13 +161,7 @@ DEFAULT = [name for name, part in PARTS.items() if not part.by_name]
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument(
-        "parts",
-        nargs="*",
-        type=one_of("part", PARTS),
-        metavar="PART",
-        help=f"of {quoted(PARTS)} (default: `make bench`'s)",
-    )
+    add_names(parser, "parts", "part", PARTS, " (default: `make bench`'s)")
     parser.add_argument("--all", action="store_true", help="run all parts, also those that otherwise run by name only")
     parser.add_argument("--plan", action="store_true", help="only print what would be measured")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the data")
@@ -184,11 +178,6 @@ def main() -> None:
         print(f"warning: results would lack {lacking}, not installed here: {HOW_TO_INSTALL}", file=sys.stderr)
     if not arguments.plan and (failed := run([name for name in reasons if reasons[name] is None], folders)):
         raise SystemExit(f"failed: {quoted(failed)}")
-
-
-def quoted(names: Iterable[str]) -> str:
-    """Return names of parts as they are typed: they contain spaces and commas."""
-    return ", ".join(f"'{name}'" for name in names)
 
 
 def reason_to_skip(part: Part, folders: dict[str, Path]) -> str | None:

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 import bertfast
-from bench.arguments import DATA, at_least_one, one_of, result_parser
+from bench.arguments import DATA, add_names, at_least_one, result_parser
 from bench.bounds import Rates
 from bench.end_to_end.inference import random_ids, token_ids
 from bench.end_to_end.runtimes import padded
@@ -39,14 +39,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of the outputs at tokens, relative to
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument(
-        "families",
-        nargs="*",
-        default=list(FAMILIES),
-        type=one_of("family", FAMILIES),
-        metavar="FAMILY",
-        help=f"of {', '.join(FAMILIES)}",
-    )
+    add_names(parser, "families", "family", FAMILIES, default=list(FAMILIES))
     parser.add_argument("--rounds", type=at_least_one, default=5, help="rounds of each case")
     parser.add_argument("--data", type=type(DATA), default=DATA, help="folder of the data")
     arguments = parser.parse_args()

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import bertfast
-from bench.arguments import DATA, at_least_one, one_of, result_parser
+from bench.arguments import DATA, add_names, at_least_one, result_parser
 from bench.bounds import Rates
 from bench.ceilings import copy_bandwidth, inference_gemm_throughput, int8_gemm_throughput, layer_gemms
 from bench.compare_cases import MINILM
@@ -106,14 +106,7 @@ def config_of(name: str) -> bertfast.BertConfig:
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument(
-        "models",
-        nargs="*",
-        default=["base"],
-        type=one_of("model", MODELS),
-        metavar="MODEL",
-        help=f"of {', '.join(MODELS)}",
-    )
+    add_names(parser, "models", "model", MODELS, default=["base"])
     parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
     parser.add_argument("--threads", type=at_least_one, help="threads of all runtimes (default: PyTorch's)")
     parser.add_argument("--single", action="store_true", help="only single sentences, no batches")

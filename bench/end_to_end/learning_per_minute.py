@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from bench.arguments import at_least_one, one_of, result_parser
+from bench.arguments import add_names, at_least_one, result_parser
 from bench.end_to_end import run_mlm
 from bench.end_to_end.curve_parity import initial_model, padded
 from bench.end_to_end.learning_curve import Curve, HeldOut, Rows
@@ -131,7 +131,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the arguments, with `recipes`, the recipe of each run by its name."""
     parser = result_parser(__doc__)
     parser.add_argument("data", type=Path, help="folder with the texts")
-    parser.add_argument("runs", nargs="*", type=one_of("run", RECIPES), metavar="RUN", help=f"of {', '.join(RECIPES)}")
+    add_names(parser, "runs", "run", RECIPES)
     parser.add_argument("--output", type=Path, required=True, help="folder for texts, checkpoints and curves")
     parser.add_argument("--text", choices=("wikipedia", "books"), default="wikipedia", help="what is learned")
     parser.add_argument("--minutes", type=float, help="duration of the steps (default: that of the recipe)")

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import transformers
 
-from bench.arguments import at_least_one, one_of, result_parser
+from bench.arguments import add_names, at_least_one, result_parser
 from bench.bounds import COPIED, Rates, with_backward
 from bench.ceilings import copy_bandwidth, gemm_throughput, layer_gemms
 from bench.end_to_end.samples import LENGTHS, count_lengths
@@ -94,18 +94,9 @@ def alternatives(case: Case) -> dict[str, Alternative]:
 def parse_arguments() -> argparse.Namespace:
     parser = result_parser(__doc__)
     cases = GPU_CASES if ON_GPU else CASES
-    parser.add_argument(
-        "cases", nargs="*", default=list(cases), type=one_of("case", ALL), metavar="CASE", help=f"of {', '.join(ALL)}"
-    )
+    add_names(parser, "cases", "case", ALL, default=list(cases))
     parser.add_argument("--repeats", type=at_least_one, default=5, help="rounds of which the median is taken")
-    names = ", ".join(ALTERNATIVES)
-    parser.add_argument(
-        "--against",
-        nargs="+",
-        type=one_of("alternative", ALTERNATIVES),
-        metavar="NAME",
-        help=f"of {names} (default: all that apply)",
-    )
+    add_names(parser, "--against", "alternative", ALTERNATIVES, " (default: all that apply)", nargs="+")
     parser.add_argument("--compile-seconds", type=int, default=600, help="time limit of torch.compile in seconds")
     parser.add_argument("--suffix", default="", help="appended to the names of the result files")
     parser.add_argument("--count-lengths", type=Path, metavar="DATA", help="only count Wikipedia's lengths again")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.arguments import at_least_one, one_of, result_parser
+from bench.arguments import add_names, at_least_one, result_parser
 from bench.end_to_end.pretraining_step import Alternative, Steps
 from bench.end_to_end.step_cases import ALL
 from bench.harness import ON_GPU
@@ -39,14 +39,7 @@ OTHERS = {"bertfast": None, "transformers": Alternative(), "transformers, eager 
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument(
-        "case",
-        nargs="?",
-        default="base-128-fp32",
-        type=one_of("case", ALL),
-        metavar="CASE",
-        help=f"of {', '.join(ALL)}",
-    )
+    add_names(parser, "case", "case", ALL, nargs="?", default="base-128-fp32")
     parser.add_argument("--repeats", type=at_least_one, default=3, help="profiled steps of which the median is taken")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)

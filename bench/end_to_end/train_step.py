@@ -17,7 +17,7 @@ import torch
 from transformers import BertConfig
 
 import bertfast
-from bench.arguments import at_least_one, one_of, result_parser
+from bench.arguments import add_names, at_least_one, result_parser
 from bench.end_to_end.samples import random_samples
 from bench.harness import DEVICE, ON_GPU, seconds_of, side_by_side
 from bench.kernel_times import kernel_times
@@ -74,9 +74,7 @@ ALL = CASES | TRIAL
 
 def main() -> None:
     parser = result_parser(__doc__)
-    parser.add_argument(
-        "cases", nargs="*", default=list(CASES), type=one_of("case", ALL), metavar="CASE", help=f"of {', '.join(ALL)}"
-    )
+    add_names(parser, "cases", "case", ALL, default=list(CASES))
     parser.add_argument("--repeats", type=at_least_one, default=10, help="steps of which the median is taken")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)

@@ -110,10 +110,10 @@ def learning_text(results: list[Result], folder: Path) -> str:
         "stated time of steps, at which the learning rate is 0. The loss is that of transformers' model in fp32, "
         "outside of that time, on fixed masked tokens of validation text: *sentences* are cut as bertfast cuts them, "
         f"*chunks* as run_mlm does (masked tokens: {masked}). Recipes, in `bench/end_to_end/learning_per_minute.py`, "
-        'that have the same name after the side, as in "adamw-0.001", are the same on both sides. Those of '
-        "transformers differ in the learning rate only, with 2,048 tokens per step; bertfast's are compared on the "
-        "books. ± is the standard deviation over seeds. The runs do not show what larger models, longer runs or other "
-        "text would give. Files: "
+        'that have the same name after the side, as in "adamw-0.001", are the same on both sides. Of transformers, '
+        "only the learning rate is varied, with 2,048 tokens per step, or its defaults are kept; recipes of bertfast "
+        "are compared on the books. ± is the standard deviation over seeds. The runs do not show what larger models, "
+        "longer runs or other text would give. Files: "
         f"`bench/results/{Path(first.file).parent.as_posix()}/{PROGRAM}-*.json`.\n"
     ]
     columns = ["text", "recipe", "precision", "seeds", "M tokens", "tokens/s", "loss, sentences", "loss, chunks"]
