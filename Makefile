@@ -31,11 +31,14 @@ NVCCS       ?=
 # --required if setup.py finds an nvcc here (NVCC= turns that off): the library must then have CUDA kernels to check.
 CUDA_REQUIRED = $(shell PYTHONPATH=build_support $(BIN)/python -c \
   'import cuda_toolkit; cuda_toolkit.find_nvcc(); print("--required")' 2>/dev/null)
-# The oldest supported transformers, used like OLDER.
+# The oldest supported transformers, used like OLDER, with the libraries of its time: newer ones import what its huggingface_hub lacks.
 OLDER_HF := .venv/transformers-4
 OLDER_TRANSFORMERS := PYTHONPATH=$(CURDIR)/$(OLDER_HF)
 # The oldest supported transformers 5.
 FIRST_HF_5 := .venv/transformers-5.2
+# What both use with them, as of the end of 2025.
+OF_2025 := 'accelerate==1.12.*' 'datasets==4.4.*' 'dill<0.4.1' 'fsspec<=2025.10' 'multiprocess<0.70.19' 'peft==0.18.*' \
+  'sentence-transformers==5.2.*' httpx httpcore h11 anyio sniffio certifi idna
 # What makes the tag of a wheel. patchelf must be on PATH.
 RELEASE := .venv/release
 # TensorFlow for tests of imported checkpoints, and published weights; without them these tests are skipped.
@@ -91,11 +94,11 @@ $(NEWER): $(READY)
 
 $(OLDER_HF): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==4.57.*' 'huggingface_hub<1' 'tokenizers<0.23' \
-	  requests urllib3 charset_normalizer certifi idna
+	  requests urllib3 charset_normalizer $(OF_2025)
 
 $(FIRST_HF_5): $(READY)
 	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==5.2.*' 'huggingface_hub>=1.3,<2' 'tokenizers<0.23' \
-	  httpx httpcore h11 anyio sniffio certifi idna
+	  $(OF_2025)
 
 $(TENSORFLOW): $(READY)
 	$(PYTHON) -m venv $@

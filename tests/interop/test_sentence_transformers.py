@@ -41,6 +41,7 @@ def test_embeddings_are_the_same(folder, pooling):
     torch.testing.assert_close(model.encode(TEXTS, convert_to_tensor=True), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(st.__version__ < "6", reason="sentence-transformers 5 drops cu_seq_lens_q")
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_flattened_input_is_pooled_on_packed_rows(folder, pooling):
     model = encoder(folder, pooling)
@@ -65,13 +66,11 @@ def test_flattened_input_is_pooled_on_packed_rows(folder, pooling):
 
 
 def test_multiple_negatives_ranking_trains_the_same(folder):
+    without_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    transformers.AutoConfig.from_pretrained(folder, **without_dropout).save_pretrained(folder)
     losses = []
     for patched in (False, True):
         model = encoder(folder).train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        model[0].auto_model.config.hidden_dropout_prob = model[0].auto_model.config.attention_probs_dropout_prob = 0.0
         if patched:
             bertfast.patch(model)
         loss_of = losses_of.MultipleNegativesRankingLoss(model)
