@@ -1,5 +1,6 @@
 """Fixtures for all tests; they import programs when used, as kernel tests run without tokenizers."""
 
+import importlib.util
 import io
 import os
 import sys
@@ -16,6 +17,18 @@ sys.path.append(str(Path(__file__).parents[1]))
 def pytest_addoption(parser):
     """Add the number of calls of tests/cli/test_bad_calls.py."""
     parser.addoption("--bad-calls", type=int, default=60, help="Calls with bad inputs to make.")
+
+
+def pytest_configure(config):
+    """Let `importorskip` skip only packages that are not installed: one that cannot be imported is a fault."""
+    import_or_skip = pytest.importorskip
+
+    def import_installed_or_skip(modname: str, *args, **kwargs):
+        if importlib.util.find_spec(modname.partition(".")[0]) is not None:
+            importlib.import_module(modname)
+        return import_or_skip(modname, *args, **kwargs)
+
+    pytest.importorskip = import_installed_or_skip
 
 
 def pytest_make_parametrize_id(val, argname):

@@ -49,6 +49,15 @@ def write(path: Path, text: str) -> None:
     path.write_bytes(gzip.compress(text.encode()))
 
 
+@pytest.fixture
+def table_row():
+    """The function that makes the row of a result in docs/REPRODUCING.md."""
+    pytest.importorskip("sentence_transformers")
+    from bench.end_to_end.sentence_tasks import table_row
+
+    return table_row
+
+
 def run(program: str, model: Path, data: Path, results: Path, *options: str) -> subprocess.CompletedProcess:
     for package in ("accelerate", "datasets", "sentence_transformers"):
         pytest.importorskip(package)
@@ -74,8 +83,7 @@ def test_steps_of_both_sides_are_compared_and_timed(model, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_both_sides_are_trained_and_measured_alike(model, data, tmp_path):
-    table_row = pytest.importorskip("bench.end_to_end.sentence_tasks").table_row
+def test_both_sides_are_trained_and_measured_alike(model, data, table_row, tmp_path):
     ran = run("sentence_tasks", model, data, tmp_path, "--output", str(tmp_path / "runs"))
     for name in ("sts-b-embedding", "sts-b-reranking", "squad-retrieval"):
         result = json.loads((tmp_path / f"sentence_tasks-{name}.json").read_text())
@@ -90,16 +98,14 @@ def test_both_sides_are_trained_and_measured_alike(model, data, tmp_path):
     assert {*json.loads(questions[0])} == {"question", "context"}
 
 
-def test_the_rows_of_reproducing_are_those_of_the_result_files():
+def test_the_rows_of_reproducing_are_those_of_the_result_files(table_row):
     text = (ROOT / "docs" / "REPRODUCING.md").read_text(encoding="utf-8")
     for file in (ROOT / "bench" / "results").rglob("sentence_tasks-*.json"):
-        table_row = pytest.importorskip("bench.end_to_end.sentence_tasks").table_row
         row = table_row(file.stem.removeprefix("sentence_tasks-"), json.loads(file.read_text(encoding="utf-8")))
         assert row in text, f"docs/REPRODUCING.md lacks the row of {file.name}: {row}"
 
 
-def test_a_row_of_reproducing_has_percents_and_an_empty_cell_for_what_is_missing():
-    table_row = pytest.importorskip("bench.end_to_end.sentence_tasks").table_row
+def test_a_row_of_reproducing_has_percents_and_an_empty_cell_for_what_is_missing(table_row):
     case = {"epochs": 1, "batch": 32, "rate": 2e-5}
     sides = {side: {"metrics": {"ndcg_at_10": 0.5, "mrr_at_10": 0.4567}} for side in ("bertfast", "untrained")}
     cells = [cell.strip() for cell in table_row("squad-retrieval", {"case": case, **sides}).strip("|").split("|")]

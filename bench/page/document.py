@@ -16,6 +16,7 @@ from bench.page.memory import ahead_in, memory_table, over_time_table, sweep_of
 from bench.page.operators import comparisons, operators_text
 from bench.page.plots import plots_of
 from bench.page.rows import Result, Row, is_ahead, missing_reasons, ratios_by_round, rows_of
+from bench.page.scaling import scaling_text
 from bench.page.serving import serving_text
 from bench.page.text import bound_text, duration, table
 
@@ -27,6 +28,7 @@ SHOWN = (
     "step_parts",
     "cpu_operators",
     "gemm_libraries",
+    "scaling",
 )  # besides results with rows
 
 INTRODUCTION = """\
@@ -196,6 +198,7 @@ def machine_section(name: str, results: list[Result], folder: Path) -> str:
     parts += [memory_table(sweep) for result in results if (sweep := sweep_of(result))]
     parts += filter(None, map(over_time_table, results))
     parts += filter(None, map(serving_text, results))
+    parts += filter(None, map(scaling_text, results))
     parts += [data_text(result) for result in results if result.name == "data"]
     parts += filter(None, [learning_text(results, folder)])
     parts += [f"![{title}](../bench/results/{path})\n" for title, path in plots_of(results, folder)]

@@ -9,7 +9,7 @@ from parity import SIZES, transformers
 
 import bertfast
 
-st = pytest.importorskip("sentence_transformers", reason="the extra `test-sentence-transformers`")
+st = pytest.importorskip("sentence_transformers", reason="the extra `examples`")
 modules = pytest.importorskip("sentence_transformers.models")
 losses_of = pytest.importorskip("sentence_transformers.losses")
 
