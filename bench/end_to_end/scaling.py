@@ -68,7 +68,7 @@ def tokens_per_second(arguments: argparse.Namespace, processes: int, sharded: bo
 def label(case: tuple[int, bool], rate: float) -> str:
     """Return the description of a measured case, for a line of progress."""
     processes, sharded = case
-    return f"{processes} processes{', sharded' * sharded} {rate:,.0f} tokens/s"
+    return f"{processes} {'process' if processes == 1 else 'processes'}{', sharded' * sharded} {rate:,.0f} tokens/s"
 
 
 def compared(cases: list[tuple[int, bool]], rounds: list[list[float]]) -> dict[str, Any]:
