@@ -30,7 +30,8 @@ import numpy as np
 
 from bench.arguments import add_names, result_parser
 from bench.installed_commits import WORK, Commit, install, resolve
-from bench.result_files import ROOT, changed_files, require_clean_tree, write_result
+from bench.result_files import ROOT, require_clean_tree, write_result
+from bertfast.runtime.machine import changed_files
 
 IN_PROCESS = (
     "pre-training step",

@@ -21,18 +21,12 @@ import torch
 from bench.harness import DEVICE, ON_GPU
 from bertfast.cli.doctor import driver_version, package_version
 from bertfast.ops import cuda_build, native
-from bertfast.runtime.machine import output_of, processor
+from bertfast.runtime.machine import changed_files, output_of, processor
 
 ROOT = Path(__file__).resolve().parents[1]  # `bench` may be a link, see `gpu_check`
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ["torch", "triton", "transformers", "numpy", "tokenizers", "liger-kernel", "cut-cross-entropy"]
 PACKAGES += ["onnxruntime", "openvino", "nncf", "sentence-transformers", "optimum", "accelerate", "datasets"]
-
-
-def changed_files(root: Path) -> list[str]:
-    """Return the tracked files with uncommitted changes, except results and the log."""
-    lines = output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ".", *_NOT_SOURCES)
-    return [line[2:].strip() for line in lines.splitlines()]
 
 
 def commit_of(root: Path, has_changes: bool) -> str:
@@ -138,7 +132,6 @@ def _library() -> dict[str, str | None]:
     return {"sha256": digest, **({} if built is None else {"nvcc": built.nvcc, "commit": built.commit})}
 
 
-_NOT_SOURCES = (":(exclude)bench/results", ":(exclude)bench/LOG.md")
 # Both are read when the program starts: the code that runs does not change when files are edited meanwhile.
 _CHANGED = changed_files(ROOT)
 _COMMIT = commit_of(ROOT, bool(_CHANGED))

@@ -24,9 +24,9 @@ from typing import Any
 from bench.arguments import DATA, PUBLISHED, add_names, quoted, result_parser
 from bench.end_to_end.runtimes import HOW_TO_INSTALL, missing_runtimes
 from bench.harness import DEVICE
-from bench.result_files import ROOT, changed_files, origin_of, require_clean_tree
+from bench.result_files import ROOT, origin_of, require_clean_tree
 from bertfast.architectures import FAMILIES
-from bertfast.runtime.machine import processor
+from bertfast.runtime.machine import changed_files, processor
 from bertfast.runtime.precision import has_bf16_gemm
 
 # What a result depends on; `bench` is left out below where it only draws or writes pages.

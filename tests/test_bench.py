@@ -17,6 +17,7 @@ import torch
 from bench import arguments, harness, result_files
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
 from bertfast.ops.cuda_build import CudaBuild
+from bertfast.runtime import machine
 
 pytestmark = pytest.mark.slow
 
@@ -153,14 +154,14 @@ def test_changes_of_results_and_log_are_not_uncommitted_changes(tmp_path):
     commit(tmp_path, *names)
     for name in (*names[:2], "bench/untracked.py"):
         (tmp_path / name).write_text("changed")
-    assert result_files.changed_files(tmp_path) == []
+    assert machine.changed_files(tmp_path) == []
     for name in names[2:]:
         (tmp_path / name).write_text("changed")
-    assert result_files.changed_files(tmp_path) == list(names[2:])
+    assert machine.changed_files(tmp_path) == list(names[2:])
 
 
 def test_without_a_repository_nothing_is_uncommitted(tmp_path):
-    assert result_files.changed_files(tmp_path) == []
+    assert machine.changed_files(tmp_path) == []
 
 
 def test_without_a_repository_the_commit_is_that_of_a_variable(tmp_path, monkeypatch):

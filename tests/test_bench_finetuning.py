@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,12 @@ def test_seeds_and_models_have_results_of_their_own(model, tmp_path):
     assert again["bertfast"] == first["bertfast"] | {"commit": "0123456789ab"}  # it was not repeated
     assert again["transformers"] == first["transformers"]
     assert again["random"]["seed"] == 1
+    finetuning(model, tmp_path, "sst-2", "--name=own", *options)
+    assert json.loads(files[0].read_text())["random"] == again["random"]  # sides of earlier calls stay in the result
+    other = shutil.copytree(model, tmp_path / "other")
+    (other / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(AssertionError, match="is of another model: name another --output, or this model with --name"):
+        finetuning(other, tmp_path, "sst-2", "--name=own", *options)
 
 
 def test_steps_of_both_sides_are_timed(model, tmp_path):

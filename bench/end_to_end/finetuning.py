@@ -11,6 +11,7 @@ file has one task and seed; --name keeps the results of another model apart from
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import time
@@ -25,7 +26,7 @@ import transformers
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from bench.arguments import at_least_one, model_parser
+from bench.arguments import add_names, at_least_one, model_parser
 from bench.bounds import Rates
 from bench.end_to_end.curve_parity import plain_adamw
 from bench.result_files import origin, require_clean_tree, write_result
@@ -33,7 +34,9 @@ from bertfast.runtime.atomic_write import write_atomically
 from bertfast.runtime.malloc import keep_freed_memory
 from bertfast.runtime.precision import Precision
 from bertfast.tasks.features import Features, batches_by_length
-from bertfast.training.finetuning import FinetuneSettings, Finetuning
+from bertfast.training.checkpoint import has_begun
+from bertfast.training.finetune_folder import read_results
+from bertfast.training.finetuning import FinetuneSettings, Finetuning, finetune
 from bertfast.training.schedule import schedule
 
 
@@ -77,7 +80,7 @@ SIDES = ("bertfast", "transformers", "random")
 
 def main() -> None:
     parser = model_parser(__doc__)
-    parser.add_argument("--tasks", nargs="*", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
+    add_names(parser, "--tasks", "task", CASES, default=list(CASES))
     parser.add_argument(
         "--sides", nargs="*", default=list(SIDES), choices=SIDES, help="random: bertfast from random weights"
     )
@@ -119,19 +122,41 @@ def accuracy(name: str, seed: int | None, arguments: argparse.Namespace) -> None
         case, label = replace(case, rate=arguments.rate), f"{label}-rate-{arguments.rate:g}"
     if seed is not None:
         label = f"{label}-seed-{seed}"
-    found = {}
+    files = {side: arguments.output / f"{label}-{side}.json" for side in SIDES}
+    weights = weights_digest(arguments.model)
+    kept = kept_sides(files, weights)
     for side in arguments.sides:
-        file = arguments.output / f"{label}-{side}.json"
-        if not file.exists():
-            settings = settings_for(case, arguments, arguments.output / f"{label}-{side}", side == "random", seed=seed)
+        if side not in kept:
+            settings = settings_for(case, arguments, files[side].with_suffix(""), side == "random", seed=seed)
             metrics = train_transformers(settings) if side == "transformers" else train_bertfast(settings)
-            # The file of the result is written again when sides are added, maybe at a later commit.
-            entry = {"commit": origin()["commit"], "seed": settings.hyperparameters.seed, **metrics}
-            write_atomically(file, json.dumps(entry))
-        found[side] = json.loads(file.read_text(encoding="utf-8"))
-        print(label, side, found[side]["metrics"], f"{found[side]['seconds']:.0f} s", flush=True)
-    result = {"case": vars(case), "threads": torch.get_num_threads(), "precision": "fp32", **found}
-    write_result(f"finetuning-{label}", result, arguments.results)
+            # The file of the result is written again after each side, maybe at a later commit.
+            entry = {"commit": origin()["commit"], "weights": weights, "seed": settings.hyperparameters.seed, **metrics}
+            write_atomically(files[side], json.dumps(entry))
+            kept = kept_sides(files, weights)
+        print(label, side, kept[side]["metrics"], f"{kept[side]['seconds']:.0f} s", flush=True)
+        result = {"case": vars(case), "threads": torch.get_num_threads(), "precision": "fp32", **kept}
+        write_result(f"finetuning-{label}", result, arguments.results)
+
+
+def weights_digest(model: Path) -> str:
+    """Return what identifies the weights in a model's folder."""
+    digest = hashlib.sha256()
+    for file in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kept_sides(files: Mapping[str, Path], weights: str) -> dict[str, Any]:
+    """Return the metrics of the sides that have been fine-tuned.
+
+    Raises:
+        SystemExit: They are those of other weights.
+    """
+    kept = {side: json.loads(file.read_text(encoding="utf-8")) for side, file in files.items() if file.exists()}
+    for side, entry in kept.items():
+        if entry.get("weights") != weights:
+            raise SystemExit(f"{files[side]} is of another model: name another --output, or this model with --name")
+    return kept
 
 
 def settings_for(
@@ -177,8 +202,11 @@ def settings_of_run(
 
 
 def train_bertfast(settings: FinetuneSettings) -> dict[str, object]:
-    """Fine-tune with bertfast; return the metrics of the best epoch, the seconds of the steps and the mean loss."""
-    results = Finetuning(settings).run(lambda step: None)
+    """Fine-tune with bertfast, or continue a run; return metrics of the best epoch, seconds of steps and mean loss."""
+    folder = Path(settings.output_dir)
+    finished = read_results(folder) is not None  # maybe of other settings, which a run that continues checks
+    resume = has_begun(folder) and not finished
+    results = finetune(settings.replace(overwrite_output_dir=finished, resume=resume))
     metrics = {name.removeprefix("eval_"): value for name, value in results.items() if name.startswith("eval_")}
     return {"metrics": metrics, "seconds": results["train_runtime"], "train_loss": results["train_loss"]}
 

@@ -44,11 +44,11 @@ def main() -> None:
     parser = result_parser(__doc__)
     parser.add_argument("data", type=Path, help="folder with the texts")
     parser.add_argument("--output", type=Path, required=True, help="folder for the shards and the run")
-    parser.add_argument("--minutes", default="60", help="duration of the steps")
+    parser.add_argument("--minutes", default="60", help="duration of the steps; becomes part of the names")
     arguments = parser.parse_args()
     require_clean_tree(arguments.results)
     shards = prepare(PrepareSettings(str(arguments.output / "data"), corpus(arguments.data / "corpus")))
-    folder = arguments.output / "run"
+    folder = arguments.output / f"run-{arguments.minutes}"
     flags = [*FLAGS.split(), "--minutes", arguments.minutes]
     if not (folder / "loss.png").exists():
         where = ["--output-dir", str(folder), "--data-dir", str(shards)]
@@ -65,8 +65,9 @@ def main() -> None:
         "validations": validations,
         "fill_mask": fill(folder),
     }
-    path = write_result("long_run", result, arguments.results)
-    shutil.copy(folder / "loss.png", arguments.results / "long_run.png")
+    name = f"long_run-{arguments.minutes}-minutes"
+    path = write_result(name, result, arguments.results)
+    shutil.copy(folder / "loss.png", arguments.results / f"{name}.png")
     last = validations[-1]
     print(
         f"{result['tokens'] / 1e6:.1f} M tokens in {last['seconds']:.0f} s: validation loss "

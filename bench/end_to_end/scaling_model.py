@@ -198,7 +198,7 @@ def rows_of(preset: Preset, same_batch: bool) -> list[list[str]]:
                 f"{gpus}",
                 f"{tokens:,} x {passes}",
                 *(f"{1e3 * seconds:.1f} ({ideal / seconds:.0%})" for seconds in times),
-                f"{sent_gb(model, gpus, 8):.2f} / {sent_gb(model, gpus, 12):.2f}",
+                f"{sent_gb(model, gpus, 8):.2f} / {sent_gb(model, gpus, 8 * passes + 4):.2f}",
                 " / ".join(f"{size / 1e9:.1f}" for size in memory),
             ]
         )
@@ -206,7 +206,7 @@ def rows_of(preset: Preset, same_batch: bool) -> list[list[str]]:
 
 
 def sent_gb(model: Model, gpus: int, factor: int) -> float:
-    """Return the GB that a GPU sends per step: 8 N (n - 1) / n replicated, 12 sharded."""
+    """Return the GB that a GPU sends per step: 8 N (n - 1) / n replicated, (8 passes + 4) N (n - 1) / n sharded."""
     return factor * model.parameters * (gpus - 1) / gpus / 1e9
 
 
@@ -236,7 +236,7 @@ pass goes on, but those of the token embedding only after it, since it is also t
 is assumed not to slow down GEMMs, all GPUs to be equally fast, batches to be ready in time, and GEMMs of few tokens
 to be as efficient as those of many, so the rows of many GPUs that share one batch are optimistic. What a process
 sends is 8 N (n - 1) / n bytes per step with N parameters in fp32 and n processes, for the mean of the gradients, and
-12 N (n - 1) / n with `--shard`: two gathers and one reduce-scatter, if a step has one pass.
+(8 p + 4) N (n - 1) / n with `--shard` and p passes: two gathers in each, and one reduce-scatter.
 """
 
 

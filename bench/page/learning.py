@@ -65,7 +65,7 @@ def groups_of(results: Iterable[Result]) -> dict[str, list[Group]]:
         values = result.values
         if measured.setdefault(values["text"], values["validation"]) != values["validation"]:
             raise ValueError(f"{result.file} was measured on other masked tokens than the files before it: remove it")
-        key = (values["text"], values["recipe"], str(values["minutes"]), values["precision"], values["preset"])
+        key = (values["text"], values["recipe"], f"{values['minutes']:g}", values["precision"], values["preset"])
         groups.setdefault(key, []).append(result)
     by_text: dict[str, list[Group]] = {}
     for (text, *_), runs in groups.items():

@@ -190,8 +190,10 @@ def render(table: dict[str, Any], cells: dict[tuple[str, str], str], settings: R
         shown = map("".join, zip(results, published, strict=True))
         lines.append(f"| {row['name']} | " + " | ".join(shown) + " |")
     used = f"learning rate {settings.learning_rate:g} unless the recipe sets one, seeds {settings.seeds}"
+    if len(settings.seeds) > 1:
+        used += "; ± is the sample standard deviation over the seeds of fine-tuning"
     if settings.model_name_or_path is None or any("pretrain" in row for row in table["rows"]):
-        used += f"; {settings.preset} models pre-trained for {settings.minutes:g} minutes each"
+        used += f"; {settings.preset} models pre-trained for {settings.minutes:g} minutes each, with one seed"
     return "\n".join([*lines, "", f"{table.get('note', '')}", "", f"Settings: {used}.", ""])
 
 
@@ -335,6 +337,7 @@ def _model(settings: ReproduceSettings, row: dict[str, Any], folder: Path) -> st
         "dropout": 0,
         "eval-batches": 20,
         "eval-steps": 10**6,
+        "save-steps": 50,  # a minute or two on a CPU
         "data-dir": shards,
         "output-dir": model,
         **changes,

@@ -19,15 +19,23 @@ def output_of(*command: str) -> str:
         return ""
 
 
+def changed_files(root: Path) -> list[str]:
+    """Return the tracked files of a checkout with uncommitted changes, except results and the log of experiments."""
+    sources = (".", ":(exclude)bench/results", ":(exclude)bench/LOG.md")
+    lines = output_of("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", *sources)
+    return [line[2:].strip() for line in lines.splitlines()]
+
+
 @cache
 def commit() -> str:
     """Return the commit of a checkout when this is first called, or of an installation from a repository.
 
-    With uncommitted changes it ends with "-dirty"; where it is not known, it starts with "unknown".
+    With uncommitted changes, see `changed_files`, it ends with "-dirty"; where it is not known, it is "unknown…".
     """
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
-        return output_of("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+        found = output_of("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+        return found + "-dirty" * bool(changed_files(root)) if found else "unknown"
     try:
         source: dict[str, Any] = json.loads(distribution("bertfast").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
