@@ -18,8 +18,7 @@ from bench.end_to_end.learning_curve import POINTS, Curve, HeldOut
 from bench.end_to_end.learning_per_minute import RECIPES, Recipe, Run
 from bench.figures import fingerprint, inputs_of
 from bench.page import learning
-from bench.page.rows import Result, read_results
-from bench.result_files import RESULTS
+from bench.page.rows import Result
 from bertfast import BertForPreTraining, preset_config
 from bertfast.cli.flags import parse
 from bertfast.data.prepare import CorpusSettings, PrepareSettings, prepare
@@ -371,14 +370,6 @@ def test_the_page_says_which_losses_are_reached_in_less_time(tmp_path):
     }
     assert "masked tokens: wikipedia 1,234 in sentences and 1,234 in chunks" in text
     assert learning.learning_text([], tmp_path) == ""
-
-
-def test_the_losses_in_the_readme_are_those_of_the_results():
-    wikipedia = learning.groups_of(read_results(RESULTS))["wikipedia"]
-    target, group = next(pair for title, *pair in learning.pairs_of(wikipedia) if title.startswith("the best of 3"))
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    assert f"a masked-LM loss of {group.loss('chunks'):.2f} in {group.runs[0].values['minutes']} minutes" in text
-    assert f"one of {target.loss('chunks'):.2f} in {target.runs[0].values['minutes']} minutes" in text
 
 
 def test_losses_on_other_masked_tokens_are_not_compared():

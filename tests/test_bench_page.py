@@ -9,6 +9,7 @@ import pytest
 from bench.bounds import step_bound
 from bench.figures import fingerprint, inputs_of, save
 from bench.page.document import ahead_cells, ahead_section, document, leaders
+from bench.page.learning import groups_of, pairs_of
 from bench.page.memory import ahead_in, memory_table, sweep_of
 from bench.page.operators import comparisons
 from bench.page.rows import Result, Row, missing_reasons, read_results, rows_of
@@ -52,6 +53,14 @@ def test_every_result_file_has_hardware_versions_and_a_clean_commit(result):
     assert result.origin["processor"]
     assert result.origin["threads"] > 0
     assert {"torch", "transformers"} <= result.origin["versions"].keys()
+
+
+def test_the_losses_in_the_readme_are_those_of_the_results():
+    wikipedia = groups_of(read_results(RESULTS))["wikipedia"]
+    target, group = next(pair for title, *pair in pairs_of(wikipedia) if title.startswith("the best of 3"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"a masked-LM loss of {group.loss('chunks'):.2f} in {group.runs[0].values['minutes']} minutes" in text
+    assert f"one of {target.loss('chunks'):.2f} in {target.runs[0].values['minutes']} minutes" in text
 
 
 @pytest.mark.parametrize("plot", [*RESULTS.rglob("*.png"), *(ROOT / "docs").rglob("*.png")], ids=lambda path: path.stem)
