@@ -21,7 +21,7 @@ import torch
 from bench.harness import DEVICE, ON_GPU
 from bertfast.cli.doctor import driver_version, package_version
 from bertfast.ops import cuda_build, native
-from bertfast.runtime.machine import changed_files, output_of, processor
+from bertfast.runtime.machine import changed_files, head_of, output_of, processor
 
 ROOT = Path(__file__).resolve().parents[1]  # `bench` may be a link, see `gpu_check`
 RESULTS = ROOT / "bench" / "results"
@@ -31,7 +31,7 @@ PACKAGES += ["onnxruntime", "openvino", "nncf", "sentence-transformers", "optimu
 
 def commit_of(root: Path, has_changes: bool) -> str:
     """Return the commit of a checkout, with "+changes" if it has uncommitted ones; else that of BERTFAST_COMMIT."""
-    found = output_of("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    found = head_of(root)
     return found + "+changes" * has_changes if found else os.environ.get("BERTFAST_COMMIT", "")
 
 

@@ -132,7 +132,7 @@ def accuracy(name: str, seed: int | None, arguments: argparse.Namespace) -> None
             # The file of the result is written again after each side, maybe at a later commit.
             entry = {"commit": origin()["commit"], "weights": weights, "seed": settings.hyperparameters.seed, **metrics}
             write_atomically(files[side], json.dumps(entry))
-            kept = kept_sides(files, weights)
+            kept[side] = entry
         print(label, side, kept[side]["metrics"], f"{kept[side]['seconds']:.0f} s", flush=True)
         result = {"case": vars(case), "threads": torch.get_num_threads(), "precision": "fp32", **kept}
         write_result(f"finetuning-{label}", result, arguments.results)

@@ -42,7 +42,7 @@ def main() -> None:
     require_clean_tree(arguments.results)
     precision = "bf16" if has_bf16_gemm(torch.device("cpu")) else "fp32"
     numbers = sorted({1, *arguments.processes})
-    cases = [(processes, sharded) for processes in numbers for sharded in (False, True)[: min(processes, 2)]]
+    cases = [(processes, sharded) for processes in numbers for sharded in (False, True) if processes > 1 or not sharded]
     rounds = []
     for number in range(1, arguments.rounds + 1):
         rounds.append([tokens_per_second(arguments, *case, precision) for case in cases])

@@ -26,6 +26,11 @@ def changed_files(root: Path) -> list[str]:
     return [line[2:].strip() for line in lines.splitlines()]
 
 
+def head_of(root: Path) -> str:
+    """Return the first 12 digits of the commit of a checkout, empty without a repository."""
+    return output_of("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+
+
 @cache
 def commit() -> str:
     """Return the commit of a checkout when this is first called, or of an installation from a repository.
@@ -34,7 +39,7 @@ def commit() -> str:
     """
     root = Path(__file__).resolve().parents[2]
     if (root / ".git").exists():
-        found = output_of("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+        found = head_of(root)
         return found + "-dirty" * bool(changed_files(root)) if found else "unknown"
     try:
         source: dict[str, Any] = json.loads(distribution("bertfast").read_text("direct_url.json") or "{}")
